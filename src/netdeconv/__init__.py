@@ -1,0 +1,33 @@
+"""Network deconvolution (Ye et al., ICLR 2020) for PyTorch: whitening before every layer, without its cost."""
+
+from netdeconv import functional
+from netdeconv.config import WhiteningConfig
+from netdeconv.errors import ConfigError, NonFiniteWarning, NumericalError, ShapeError, StatisticsError
+from netdeconv.nn import (
+    ChannelWhitening,
+    WhitenedConv1d,
+    WhitenedConv2d,
+    WhitenedConv3d,
+    WhitenedLinear,
+    freeze,
+    unfreeze,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChannelWhitening",
+    "ConfigError",
+    "NonFiniteWarning",
+    "NumericalError",
+    "ShapeError",
+    "StatisticsError",
+    "WhitenedConv1d",
+    "WhitenedConv2d",
+    "WhitenedConv3d",
+    "WhitenedLinear",
+    "WhiteningConfig",
+    "freeze",
+    "functional",
+    "unfreeze",
+]

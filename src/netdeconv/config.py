@@ -1,0 +1,134 @@
+"""Every setting of the whitening, its default, and what values it may take."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from typing import Any
+
+from netdeconv.errors import ConfigError
+from netdeconv.functional.isqrt import SOLVERS
+
+__all__ = ["GROUPINGS", "SAMPLINGS", "WhiteningConfig"]
+
+GROUPINGS = ("contiguous", "interleaved")
+SAMPLINGS = ("spread", "corner")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WhiteningConfig:
+    """Settings of one whitening; the same object may serve every layer of a network.
+
+    Args:
+        block_size: channels whitened together. A layer with more channels is cut into blocks that share one
+            root; when the block size does not divide the channels the last block is smaller and has its own.
+        grouping: ``"contiguous"`` blocks of neighbouring channels, each centred by its own mean; or
+            ``"interleaved"``, the published procedure, which deals the flattened (channel, tap) index out to
+            the blocks in turn, pools mean and covariance over them, and takes the greatest common divisor
+            when the block size does not divide the channels.
+        eps: added to the diagonal of the covariance, in squared units of the layer's input.
+        num_iters: Newton-Schulz steps. 5, the published number, caps the gain at 1.5**5 = 7.6 and so does not
+            whiten fully; 15 comes close. The solver ``"eigh"`` is exact and does not look at it.
+        solver: how the inverse square root is computed, see :func:`netdeconv.functional.inverse_sqrt`.
+        momentum: share of the running values that one training step replaces, as in batch normalisation. A
+            refresh after k steps replaces ``1 - (1 - momentum)**k``. ``None`` averages all refreshes equally.
+        sampling: ``"spread"`` looks at patches spread evenly over the map, at other places on every refresh,
+            and at all of them when they fit ``max_samples``; ``"corner"``, the published procedure, at a
+            fixed grid that starts in the top left corner (for 1x1 kernels: at every k-th row of the batch).
+        sampling_stride: distance of sampled patches along every dimension, in output positions.
+        max_samples: most patches looked at in one refresh; ``None`` for no limit. With ``"spread"`` only.
+        update_every: training steps between two refreshes of the statistics. The first 16 steps refresh
+            every time, then the distance doubles until it has reached this number.
+        differentiable: let the gradient flow through mean and root on refresh steps, as published.
+        debias: running values are weighted averages of what was seen, right from the first refresh; without
+            it they start at zero mean and identity root, as published.
+        sync: in distributed training, gather the statistics over all processes of ``process_group``.
+
+    Raises:
+        ConfigError: a value out of range or unknown.
+
+    Source: Ye et al., Network Deconvolution, ICLR 2020, arXiv 1905.11926.
+    """
+
+    block_size: int = 64
+    grouping: str = "contiguous"
+    eps: float = 1e-5
+    num_iters: int = 5
+    solver: str = "newton_schulz"
+    momentum: float | None = 0.1
+    sampling: str = "spread"
+    sampling_stride: int = 3
+    max_samples: int | None = 4096
+    update_every: int = 16
+    differentiable: bool = False
+    debias: bool = True
+    sync: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "num_iters", "sampling_stride", "update_every"):
+            self._require_whole(name, getattr(self, name))
+        if self.max_samples is not None:
+            self._require_whole("max_samples", self.max_samples)
+        if not (_is_number(self.eps) and 0 <= self.eps < math.inf):
+            raise ConfigError(
+                f"WhiteningConfig: expected eps >= 0 and finite, got {self.eps!r}. "
+                "It is added to the covariance's diagonal; the usual value is 1e-5."
+            )
+        if self.momentum is not None and not (_is_number(self.momentum) and 0 <= self.momentum <= 1):
+            raise ConfigError(
+                f"WhiteningConfig: expected momentum between 0 and 1 or None, got {self.momentum!r}. "
+                "As in batch normalisation it is the share of the new value; the usual value is 0.1."
+            )
+        for name, known in (("grouping", GROUPINGS), ("sampling", SAMPLINGS), ("solver", SOLVERS)):
+            _require_known(name, getattr(self, name), known)
+        for name in ("differentiable", "debias", "sync"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"WhiteningConfig: expected {name} True or False, got {getattr(self, name)!r}.")
+        if self.sampling == "corner" and self.max_samples is not None:
+            raise ConfigError(
+                f"WhiteningConfig: max_samples={self.max_samples} cannot apply to sampling='corner', which has a "
+                "fixed grid. Pass max_samples=None, or sampling='spread'."
+            )
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> WhiteningConfig:
+        """The published procedure to the letter: statistics of every batch, gradient through them.
+
+        Any setting may be overridden by keyword, e.g. ``WhiteningConfig.paper(num_iters=15)``.
+        """
+        published: dict[str, Any] = {
+            "grouping": "interleaved",
+            "solver": "newton_schulz",
+            "sampling": "corner",
+            "max_samples": None,
+            "update_every": 1,
+            "differentiable": True,
+            "debias": False,
+            "sync": False,
+        }
+        return cls(**{**published, **overrides})
+
+    def replace(self, **changes: Any) -> WhiteningConfig:
+        """A copy with some settings changed, checked like a new one."""
+        return dataclasses.replace(self, **changes)
+
+    @staticmethod
+    def _require_whole(name: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(
+                f"WhiteningConfig: expected {name} a whole number >= 1, got {value!r}. "
+                f"The default is {WhiteningConfig.__dataclass_fields__[name].default}."
+            )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _require_known(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value in known:
+        return
+    near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"WhiteningConfig: expected {name} one of {', '.join(map(repr, known))}, got {value!r}.{hint}")

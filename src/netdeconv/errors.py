@@ -1,0 +1,25 @@
+"""What can go wrong, by name. Every message says what was expected, what came, where, and what to do."""
+
+from __future__ import annotations
+
+__all__ = ["ConfigError", "NonFiniteWarning", "NumericalError", "ShapeError", "StatisticsError"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be meant: out of range, unknown, or in conflict with another."""
+
+
+class ShapeError(ValueError):
+    """A tensor whose number of dimensions or channels does not fit the layer."""
+
+
+class StatisticsError(RuntimeError):
+    """Whitening statistics were needed before any training step had gathered them."""
+
+
+class NumericalError(ArithmeticError):
+    """A computation that failed numerically, such as a root that does not exist."""
+
+
+class NonFiniteWarning(RuntimeWarning):
+    """A batch with NaN or infinite values was left out of the remembered statistics."""
