@@ -1,0 +1,79 @@
+"""Whitening of the channels alone, as a layer of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from netdeconv.errors import ShapeError
+from netdeconv.functional import Window
+from netdeconv.nn.layer import check_channels, check_floating
+from netdeconv.nn.whitening import Whitening
+
+if TYPE_CHECKING:
+    from netdeconv.config import WhiteningConfig
+
+__all__ = ["ChannelWhitening"]
+
+
+class ChannelWhitening(nn.Module):
+    """Decorrelates the channels at every position: ``y = D (x - mean)``, no parameters to learn.
+
+    For the place before a pooling or a classifier that is not whitened itself. Blocks of channels, training
+    and evaluation are those of :class:`netdeconv.WhitenedConv2d` with a 1x1 kernel; the covariance is centred
+    (the authors' code takes that of the uncentred data).
+
+    Shapes: ``(N, C)``, ``(N, C, L)``, ``(N, C, H, W)`` or ``(N, C, D, H, W)`` -> the same.
+
+    Args:
+        num_channels: C.
+        whitening: settings of the whitening, ``None`` for the defaults.
+
+    Raises:
+        ShapeError: x has the wrong number of dimensions or channels; num_channels is not positive.
+        TypeError: x is not floating point.
+        StatisticsError: evaluation before any training step.
+
+    Source: Ye et al. 2020, section 3.5; the authors' ``ChannelDeconv``.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        *,
+        whitening: WhiteningConfig | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_channels < 1:
+            raise ShapeError(f"{type(self).__name__}: expected num_channels >= 1, got {num_channels}.")
+        self.num_channels = num_channels
+        label = f"{type(self).__name__}({num_channels})"
+        everywhere = Window((1,), (1,), (1,), ((0, 0),))
+        self.whitening = Whitening(num_channels, everywhere, 1, whitening, device=device, dtype=dtype, label=label)
+
+    def forward(self, x: Tensor) -> Tensor:
+        label = self.whitening.label
+        check_floating(x, label)
+        expected = f"(N, {self.num_channels}) up to (N, {self.num_channels}, D, H, W)"
+        if not 2 <= x.dim() <= 5:
+            raise ShapeError(
+                f"{label}: expected x of shape {expected}, got {tuple(x.shape)} with {x.dim()} dimensions. "
+                "For one sample pass x.unsqueeze(0)."
+            )
+        check_channels(x, 1, self.num_channels, expected, label)
+        flat = x.reshape(*x.shape[:2], -1)
+        mean, roots = self.whitening(flat)
+        blocks = self.whitening.blocks
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            centred = flat.movedim(1, -1).to(dtype) - blocks.spread_mean(mean.to(dtype)).flatten()
+            parts = [part @ root.to(dtype) for part, root in zip(blocks.split(centred), roots, strict=True)]
+            white = blocks.join(parts).movedim(-1, 1)
+        return white.to(x.dtype).reshape(x.shape)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_channels}"

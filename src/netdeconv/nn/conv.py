@@ -1,0 +1,133 @@
+"""Convolutions that whiten the patches they look at."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from netdeconv.errors import ShapeError
+from netdeconv.functional import Window
+from netdeconv.nn.layer import WhitenedLayer, check_channels, check_conv_arguments, check_floating
+from netdeconv.nn.whitening import Whitening
+
+if TYPE_CHECKING:
+    import torch
+
+    from netdeconv.config import WhiteningConfig
+
+__all__ = ["WhitenedConv1d", "WhitenedConv2d", "WhitenedConv3d"]
+
+
+class _WhitenedConv(WhitenedLayer):
+    """The part that is the same in one, two and three dimensions; goes before ``torch.nn.ConvNd``."""
+
+    _spatial: tuple[str, ...]
+    in_channels: int
+    _conv_forward: Any
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        whitening: WhiteningConfig | None = None,
+    ) -> None:
+        label = f"{type(self).__name__}({in_channels}, {out_channels}, kernel_size={kernel_size})"
+        check_conv_arguments(in_channels, out_channels, groups, label)
+        shape: dict[str, Any] = {
+            "stride": stride,
+            "padding": padding,
+            "dilation": dilation,
+            "groups": groups,
+            "bias": bias,
+            "padding_mode": padding_mode,
+        }
+        super().__init__(in_channels, out_channels, kernel_size, **shape, device=device, dtype=dtype)
+        self.whitening = Whitening(
+            in_channels, _window_of(self), groups, whitening, device=device, dtype=dtype, label=label
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        label, dims = self.whitening.label, len(self._spatial)
+        check_floating(x, label)
+        one = f"({self.in_channels}, {', '.join(self._spatial)})"
+        many = f"(N, {one[1:]}"
+        if x.dim() not in (dims + 1, dims + 2):
+            raise ShapeError(
+                f"{label}: expected x of shape {many} or {one}, got {tuple(x.shape)} with {x.dim()} dimensions. "
+                "Add the missing ones with x.unsqueeze(0), or use the layer for this number of dimensions."
+            )
+        check_channels(x, -1 - dims, self.in_channels, f"{many} or {one}", label)
+        weight, bias = self.whitened_parameters(x if x.dim() == dims + 2 else x.unsqueeze(0))
+        output: Tensor = self._conv_forward(x, weight, bias)
+        return output
+
+
+class WhitenedConv1d(_WhitenedConv, nn.Conv1d):
+    """:class:`torch.nn.Conv1d` over whitened input; see :class:`WhitenedConv2d`."""
+
+    _spatial = ("L",)
+
+
+class WhitenedConv2d(_WhitenedConv, nn.Conv2d):
+    """:class:`torch.nn.Conv2d` over whitened input: network deconvolution, in place of batch normalisation.
+
+    ``y = conv((x - mean) D) + b`` with ``D = (Cov + eps I)^(-1/2)``, mean and covariance those of the patches
+    that the kernel looks at. It runs as one ordinary convolution, with D and the mean folded into weight and
+    bias. No batch normalisation is needed after it.
+
+    Training: on refresh steps mean and D come from the batch, on others from the running values; see
+    :class:`netdeconv.nn.Whitening` for when, and :class:`netdeconv.WhiteningConfig` for all settings.
+    Evaluation: from the running values, so that it equals a plain convolution with :meth:`folded` parameters.
+
+    Shapes: as :class:`torch.nn.Conv2d`, with or without the batch dimension. Statistics and fold are computed
+    in float32 at least, also under autocast.
+
+    Args:
+        whitening: settings of the whitening, ``None`` for the defaults. All other arguments are those of
+            :class:`torch.nn.Conv2d`.
+
+    Raises:
+        ShapeError: x has the wrong number of dimensions or channels; groups do not divide the channels.
+        TypeError: x is not floating point.
+        StatisticsError: evaluation before any training step.
+
+    Example:
+        >>> import torch
+        >>> from netdeconv import WhitenedConv2d
+        >>> layer = WhitenedConv2d(3, 16, 3, padding=1)
+        >>> layer(torch.randn(8, 3, 32, 32)).shape
+        torch.Size([8, 16, 32, 32])
+
+    Source: Ye et al., Network Deconvolution, ICLR 2020, arXiv 1905.11926.
+    """
+
+    _spatial = ("H", "W")
+
+
+class WhitenedConv3d(_WhitenedConv, nn.Conv3d):
+    """:class:`torch.nn.Conv3d` over whitened input; see :class:`WhitenedConv2d`."""
+
+    _spatial = ("D", "H", "W")
+
+
+def _window_of(conv: Any) -> Window:
+    """What this convolution looks at; ``padding`` as words becomes numbers."""
+    pads = conv._reversed_padding_repeated_twice  # last dimension first, before and after in turn
+    return Window(
+        kernel_size=tuple(conv.kernel_size),
+        stride=tuple(conv.stride),
+        dilation=tuple(conv.dilation),
+        padding=tuple((pads[i], pads[i + 1]) for i in range(len(pads) - 2, -1, -2)),
+        padding_mode=conv.padding_mode,
+    )

@@ -1,0 +1,34 @@
+"""Stopping and resuming the statistics of a whole model."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from netdeconv.nn.whitening import Whitening
+
+__all__ = ["freeze", "unfreeze"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def freeze(model: Model) -> Model:
+    """Stop updating the whitening statistics in a model, also in training mode; returns the model.
+
+    The weights go on learning. For fine-tuning on few samples, or with batches too small for statistics.
+    The state is kept by copying and pickling, not in a state dict, like ``requires_grad``.
+    """
+    return _set(model, True)
+
+
+def unfreeze(model: Model) -> Model:
+    """Resume updating the whitening statistics in a model; returns the model."""
+    return _set(model, False)
+
+
+def _set(model: Model, frozen: bool) -> Model:
+    for module in model.modules():
+        if isinstance(module, Whitening):
+            module.frozen = frozen
+    return model

@@ -1,0 +1,63 @@
+"""What every layer that folds whitening into its weights has in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from netdeconv.errors import ShapeError
+from netdeconv.functional import fold
+from netdeconv.nn.whitening import Whitening
+
+__all__ = ["WhitenedLayer", "check_channels", "check_conv_arguments", "check_floating"]
+
+
+class WhitenedLayer(nn.Module):
+    """Mixin over a layer with ``weight`` and ``bias``: holds ``whitening`` and folds it in."""
+
+    weight: Any
+    bias: Any
+    whitening: Whitening
+
+    def whitened_parameters(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias that whiten x ``(N, C, *spatial)`` and then do what the layer does."""
+        mean, roots = self.whitening(x)
+        return fold(self.weight, self.bias, mean, roots, self.whitening.blocks)
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the plain layer that equals this one in evaluation mode.
+
+        Raises:
+            StatisticsError: there are no remembered statistics yet.
+        """
+        mean, roots = self.whitening.remembered()
+        return fold(self.weight, self.bias, mean, roots, self.whitening.blocks)
+
+
+def check_floating(x: Tensor, label: str) -> None:
+    """Whitening needs real numbers."""
+    if not x.is_floating_point():
+        raise TypeError(
+            f"{label}: expected floating point input, got {x.dtype}. "
+            "Convert it first, e.g. x.float() / 255 for 8-bit images."
+        )
+
+
+def check_channels(x: Tensor, dim: int, channels: int, expected: str, label: str) -> None:
+    """The dimension that holds the channels has as many as the layer was made for."""
+    if x.shape[dim] != channels:
+        raise ShapeError(
+            f"{label}: expected x of shape {expected}, got {tuple(x.shape)} with {x.shape[dim]} channels. "
+            f"Pass {channels} channels, or build the layer for {x.shape[dim]}."
+        )
+
+
+def check_conv_arguments(in_channels: int, out_channels: int, groups: int, label: str) -> None:
+    """Groups must divide the channels on both sides."""
+    for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if groups < 1 or channels % groups:
+            raise ShapeError(
+                f"{label}: expected groups >= 1 that divide {name}={channels}, got groups={groups}. "
+                f"Use a divisor of both in_channels={in_channels} and out_channels={out_channels}."
+            )

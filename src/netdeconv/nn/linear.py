@@ -1,0 +1,64 @@
+"""A linear layer that whitens its input features."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from netdeconv.errors import ShapeError
+from netdeconv.functional import Window
+from netdeconv.nn.layer import WhitenedLayer, check_channels, check_floating
+from netdeconv.nn.whitening import Whitening
+
+if TYPE_CHECKING:
+    import torch
+
+    from netdeconv.config import WhiteningConfig
+
+__all__ = ["WhitenedLinear"]
+
+
+class WhitenedLinear(WhitenedLayer, nn.Linear):
+    """:class:`torch.nn.Linear` over whitened input features.
+
+    ``y = (x - mean) D W^T + b``, mean and covariance those of the features over all leading dimensions
+    together. Training and evaluation differ as in :class:`netdeconv.WhitenedConv2d`.
+
+    Shapes: ``(*, in_features)`` -> ``(*, out_features)``, any number of leading dimensions.
+
+    Args:
+        whitening: settings of the whitening, ``None`` for the defaults. All other arguments are those of
+            :class:`torch.nn.Linear`.
+
+    Raises:
+        ShapeError: the last dimension is not ``in_features``.
+        TypeError: x is not floating point.
+        StatisticsError: evaluation before any training step.
+
+    Source: Ye et al. 2020, section 3.5.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        whitening: WhiteningConfig | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        label = f"{type(self).__name__}({in_features}, {out_features})"
+        self.whitening = Whitening(in_features, Window(), 1, whitening, device=device, dtype=dtype, label=label)
+
+    def forward(self, x: Tensor) -> Tensor:
+        label = self.whitening.label
+        check_floating(x, label)
+        if x.dim() == 0:
+            raise ShapeError(f"{label}: expected x of shape (*, {self.in_features}), got a scalar.")
+        check_channels(x, -1, self.in_features, f"(*, {self.in_features})", label)
+        weight, bias = self.whitened_parameters(x.reshape(-1, self.in_features))
+        return F.linear(x, weight, bias)

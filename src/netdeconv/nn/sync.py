@@ -1,0 +1,69 @@
+"""Joining the moments of several processes into those of the whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from netdeconv.functional import Blocks, Moments
+
+__all__ = ["distributed", "joined_moments"]
+
+
+def distributed(process_group: Any = None) -> bool:
+    """Whether there is more than one process to join."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1
+
+
+def joined_moments(moments: Moments, blocks: Blocks, about: Tensor, process_group: Any = None) -> Moments:
+    """Moments of the rows of all processes together, by one all-reduce of count-weighted sums.
+
+    Sums are taken about ``about``, the remembered mean, which is the same everywhere: taken about zero, a mean
+    that is large beside the deviation would cost the covariance its digits. Outside distributed training, and
+    with one process, ``moments`` come back unchanged. Differentiable.
+
+    Shapes: as :class:`netdeconv.functional.Moments`.
+    """
+    if not distributed(process_group):
+        return moments
+    if moments.rows == 0:  # an empty share still takes part, or the others would wait for it
+        moments = Moments(torch.zeros_like(moments.mean), tuple(map(torch.zeros_like, moments.covs)), 0)
+    count = moments.mean.new_full((1,), float(moments.rows))
+    about = about.to(moments.mean.dtype)
+    away = moments.mean - about
+    outer = _outer(away, blocks)
+    sums = [
+        count,
+        away * count,
+        *((cov + square).flatten() * count for cov, square in zip(moments.covs, outer, strict=True)),
+    ]
+    total = _all_reduce(torch.cat(sums), process_group)
+    total, sizes = total[1:] / total[0], [away.numel(), *(cov.numel() for cov in moments.covs)]
+    away, *squares = total.split(sizes)
+    covs = tuple(
+        square.reshape(cov.shape) - mine
+        for square, cov, mine in zip(squares, moments.covs, _outer(away, blocks), strict=True)
+    )
+    return Moments(away + about, covs, moments.rows)
+
+
+def _outer(away: Tensor, blocks: Blocks) -> list[Tensor]:
+    """Mean over the blocks of ``away away^T``, one matrix for every part, as the covariances are pooled."""
+    grouped = away.reshape(blocks.groups, -1)
+    parts = [grouped.unsqueeze(1)] if blocks.pool_mean else blocks.split(grouped)
+    return [
+        (part.mT @ part / part.shape[-2]).reshape(shape) for part, shape in zip(parts, blocks.root_shapes, strict=True)
+    ]
+
+
+def _all_reduce(value: Tensor, process_group: Any) -> Tensor:
+    if value.requires_grad:
+        from torch.distributed.nn.functional import all_reduce
+
+        result: Tensor = all_reduce(value, group=process_group)
+        return result
+    dist.all_reduce(value, group=process_group)
+    return value
