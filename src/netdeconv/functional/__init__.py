@@ -4,16 +4,20 @@ from netdeconv.functional.blocks import Blocks
 from netdeconv.functional.fold import fold
 from netdeconv.functional.isqrt import SOLVERS, inverse_sqrt
 from netdeconv.functional.moments import Moments, patch_moments
-from netdeconv.functional.patches import Window, corner_patches, spread_patches
+from netdeconv.functional.patches import Window, gather_patches, mean_patch
+from netdeconv.functional.sampling import Sample, corner_patches, spread_patches
 
 __all__ = [
     "SOLVERS",
     "Blocks",
     "Moments",
+    "Sample",
     "Window",
     "corner_patches",
     "fold",
+    "gather_patches",
     "inverse_sqrt",
+    "mean_patch",
     "patch_moments",
     "spread_patches",
 ]

@@ -106,3 +106,10 @@ class Blocks:
             return mean.reshape(self.groups, self.group_features)
         count, size = self.parts[0]
         return self.join([mean.reshape(self.groups, 1, size).expand(-1, count, -1)])
+
+    def pooled_mean(self, mean: Tensor) -> Tensor:
+        """One mean for every channel and tap, flat ``(channels * taps,)``, as it is remembered."""
+        if not self.pool_mean:
+            return mean
+        (part,) = self.split(mean.reshape(self.groups, self.group_features))
+        return part.mean(1).flatten()

@@ -94,7 +94,7 @@ def _eigh(a: Tensor) -> Tensor:
     except torch.linalg.LinAlgError as error:
         raise NumericalError(
             f"inverse_sqrt: the eigendecomposition of a {a.shape[-1]} x {a.shape[-1]} covariance failed ({error}). "
-            "Look for NaN or infinite values in it, or raise eps."
+            "Raise eps, or use the solver 'newton_schulz'."
         ) from error
     return root
 
@@ -108,11 +108,13 @@ class _ExactRoot(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor) -> Tensor:
-        values, vectors = torch.linalg.eigh(a)
+        # NaN in, NaN out, as from the iteration: on some sizes the decomposition of NaN raises, on others not.
+        finite = a.isfinite().all(-1).all(-1)[..., None, None]
+        values, vectors = torch.linalg.eigh(torch.where(finite, a, torch.zeros_like(a)))
         smallest = torch.finfo(a.dtype).eps * a.shape[-1]
         s = values.clamp(min=smallest).sqrt()
         ctx.save_for_backward(s, vectors)
-        return (vectors / s.unsqueeze(-2)) @ vectors.mT
+        return torch.where(finite, (vectors / s.unsqueeze(-2)) @ vectors.mT, torch.full_like(a, torch.nan))
 
     @staticmethod
     @once_differentiable

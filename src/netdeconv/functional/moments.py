@@ -15,45 +15,65 @@ __all__ = ["Moments", "patch_moments"]
 
 
 class Moments(NamedTuple):
-    """Moments of patches: ``mean`` flat as ``blocks.mean_shape``, one covariance per part, number of rows."""
+    """Moments of patches: ``mean`` flat as ``blocks.mean_shape``, one covariance per part, the rows that were
+    looked at, and how many patches they stand for (a 0-dim tensor)."""
 
     mean: Tensor
     covs: tuple[Tensor, ...]
     rows: int
+    total: Tensor
 
 
-def patch_moments(patches: Tensor, blocks: Blocks) -> Moments:
-    """Mean and biased covariance (divided by the number of rows) of flattened patches.
+def patch_moments(patches: Tensor, blocks: Blocks, weights: Tensor | None = None) -> Moments:
+    """Mean and biased covariance (divided by the number of patches) of flattened patches.
 
-    ``mean = 1/N sum x``, ``cov = 1/N sum (x - mean)(x - mean)^T``, N the rows and, as all blocks of a part
-    share one covariance, the blocks. Nothing is added to the diagonal. The products are summed up in float32
-    at least, also under autocast; accuracy is that of the centred data.
+    ``mean = sum w x / sum w``, ``cov = sum w (x - mean)(x - mean)^T / sum w``, over the rows and, as all blocks
+    of a part share one covariance, the blocks. Nothing is added to the diagonal. The products are summed up in
+    float32 at least, also under autocast; accuracy is that of the centred data.
 
-    Shapes: patches ``(rows, channels * taps)``, e.g. from :func:`netdeconv.functional.spread_patches` ->
-    mean ``blocks.mean_shape``, covs ``blocks.root_shapes``.
+    Shapes: patches ``(rows, channels * taps)`` and weights ``(rows,)``, e.g. from
+    :func:`netdeconv.functional.spread_patches` -> mean ``blocks.mean_shape``, covs ``blocks.root_shapes``.
+
+    Args:
+        patches: flattened patches.
+        blocks: how they are cut.
+        weights: how many patches each row stands for; ``None`` for one each.
 
     Source: Ye et al. 2020, algorithm 1, lines 3 and 4.
     """
-    patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
     rows = patches.shape[0]
-    with torch.autocast(patches.device.type, enabled=False):
-        grouped = patches.reshape(rows, blocks.groups, blocks.group_features)
-        if not blocks.pool_mean:
-            mean = grouped.mean(0)
-            parts = blocks.split(grouped - mean)
+    x = patches.to(torch.promote_types(patches.dtype, torch.float32)).reshape(
+        rows, blocks.groups, blocks.group_features
+    )
+    with torch.autocast(x.device.type, enabled=False):
+        total = x.new_full((), rows) if weights is None else weights.sum().to(x.dtype)
+        share = None if weights is None else weights.to(x.dtype) / total
+        if blocks.pool_mean:
+            (part,) = blocks.split(x)
+            mean = _mean(part.mean(2), share)
+            parts = [part - mean.unsqueeze(1)]
         else:
-            parts = blocks.split(grouped)
-            mean = parts[0].mean((0, 2))
-            parts = [parts[0] - mean.unsqueeze(1)]
-        covs = tuple(_covariance(part).reshape(shape) for part, shape in zip(parts, blocks.root_shapes, strict=True))
-    return Moments(mean.flatten(), covs, rows)
+            mean = _mean(x, share)
+            parts = blocks.split(x - mean)
+        covs = tuple(
+            _covariance(part, share).reshape(shape) for part, shape in zip(parts, blocks.root_shapes, strict=True)
+        )
+    return Moments(mean.flatten(), covs, rows, total)
 
 
-def _covariance(part: Tensor) -> Tensor:
-    """(rows, groups, blocks, features) -> (groups, features, features)."""
+def _mean(x: Tensor, share: Tensor | None) -> Tensor:
+    """(rows, groups, features) -> (groups, features)."""
+    return x.mean(0) if share is None else (share @ x.flatten(1)).reshape(x.shape[1:])
+
+
+def _covariance(part: Tensor, share: Tensor | None) -> Tensor:
+    """(rows, groups, blocks, features), centred -> (groups, features, features)."""
     rows, groups, count, size = part.shape
+    divisor = rows * count
+    if share is not None:
+        part, divisor = part * share.sqrt()[:, None, None, None], count
     if groups == 1:
         flat = part.reshape(rows * count, size)
-        return flat.T @ flat / (rows * count)
+        return flat.T @ flat / divisor
     flat = part.transpose(0, 1).reshape(groups, rows * count, size)
-    return flat.mT @ flat / (rows * count)
+    return flat.mT @ flat / divisor

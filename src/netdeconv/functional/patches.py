@@ -1,4 +1,4 @@
-"""Taking patches out of an activation: every position, or a sample of them, without a full im2col."""
+"""Taking patches out of an activation at chosen positions, without a full im2col."""
 
 from __future__ import annotations
 
@@ -13,12 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Window", "corner_patches", "spread_patches"]
-
-# Inverse powers of the root of g**4 = g + 1, the generalised golden ratio: multiples of them, modulo one,
-# fill the unit cube evenly. One for the image, three for the space. (M. Roberts, "The unreasonable
-# effectiveness of quasirandom sequences", 2018.)
-_STEPS = (0.8191725133961645, 0.6710436067037893, 0.5497004779019703, 0.4502995220980296)
+__all__ = ["Window", "gather_patches", "mean_patch"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,108 +48,74 @@ class Window:
             )
         )
 
+    def edges(self, size: Sequence[int]) -> tuple[tuple[int, int], ...]:
+        """Along every dimension, how many of the first and of the last positions reach into the padding."""
+        counted = []
+        for length, positions, kernel, stride, dilation, (before, _) in zip(
+            size,
+            self.output_size(size),
+            self.kernel_size,
+            self.stride,
+            self.dilation,
+            self.padding,
+            strict=True,
+        ):
+            first = min(-(-before // stride), positions)
+            fits = (length + before - dilation * (kernel - 1) - 1) // stride + 1  # positions before the far edge
+            counted.append((first, positions - min(max(fits, 0), positions)))
+        return tuple(counted)
 
-def spread_patches(
-    x: Tensor,
-    window: Window,
-    *,
-    sampling_stride: int = 1,
-    max_samples: int | None = None,
-    turn: Tensor | None = None,
-) -> Tensor:
-    """Patches at positions spread evenly over the map, all of them when they fit ``max_samples``.
 
-    On a map with more positions than that, about every ``sampling_stride``-th is taken along each dimension,
-    fewer where the budget asks for it, and images are left out only when one position each is too many.
+def gather_patches(x: Tensor, window: Window, positions: Sequence[Tensor]) -> Tensor:
+    """Flattened patches at the grid of these output positions, one index tensor for every dimension.
 
-    Shapes: x ``(N, C, *spatial)`` -> ``(rows, C * taps)``, in x's dtype.
+    Padding is a rule for indices here: no padded copy of x is made. Differentiable.
 
-    Args:
-        x: input of the convolution.
-        window: what the convolution looks at.
-        sampling_stride: wanted distance of sampled positions, in output positions.
-        max_samples: most rows; ``None`` for no limit.
-        turn: 0-dim integer tensor that counts refreshes: other positions on every turn, all of them after
-            some turns. It stays on its device. ``None`` looks at the same positions every time.
+    Shapes: x ``(N, C, *spatial)`` -> ``(N * positions, C * taps)``, in x's dtype; the order of taps is that of
+    ``torch.nn.functional.unfold``.
     """
-    size = window.output_size(x.shape[2:])
-    images, counts = _budget(x.shape[0], size, sampling_stride, max_samples)
-    offset = None if turn is None else turn.to(torch.float64)
-    if images < x.shape[0]:
-        x = x.index_select(0, _spread(x.shape[0], images, offset, _STEPS[0], x.device))
-    positions = [
-        _spread(length, count, offset, step, x.device)
-        for length, count, step in zip(size, counts, _STEPS[1:], strict=False)
-    ]
-    return _gather(x, window, positions)
-
-
-def corner_patches(x: Tensor, window: Window, *, sampling_stride: int = 1) -> Tensor:
-    """Patches at a fixed grid that starts in the top left corner, as the published procedure takes them.
-
-    For 1x1 kernels the published procedure takes every k-th row of the flattened batch instead and ignores
-    the padding; k is the product of ``sampling_stride * stride`` over the dimensions.
-
-    Shapes: x ``(N, C, *spatial)`` -> ``(rows, C * taps)``.
-    """
-    if window.taps == 1:
-        every = math.prod(sampling_stride * stride for stride in window.stride)
-        return x.movedim(1, -1).reshape(-1, x.shape[1])[::every]
-    size = window.output_size(x.shape[2:])
-    return _gather(x, window, [torch.arange(0, length, sampling_stride, device=x.device) for length in size])
-
-
-def _budget(
-    batch: int, size: tuple[int, ...], sampling_stride: int, max_samples: int | None
-) -> tuple[int, tuple[int, ...]]:
-    """How many images, and how many positions along every dimension, are looked at."""
-    if max_samples is None or batch * math.prod(size) <= max_samples:
-        return batch, size if max_samples is not None else tuple(-(-length // sampling_stride) for length in size)
-    counts = tuple(-(-length // sampling_stride) for length in size)
-    while batch * math.prod(counts) > max_samples and any(count > 1 for count in counts):
-        sampling_stride += 1
-        counts = tuple(-(-length // sampling_stride) for length in size)
-    return min(batch, max_samples), counts
-
-
-def _spread(length: int, count: int, turn: Tensor | None, step: float, device: torch.device) -> Tensor:
-    """``count`` of ``length`` indices at even distance, shifted by a share of that distance on every turn."""
-    index = torch.arange(count, device=device)
-    if count == length:
-        return index
-    shift: Tensor | float = 0.5 if turn is None else torch.frac(turn * step + 0.5)
-    return ((index + shift) * (length / count)).to(torch.int64).clamp_(max=length - 1)
-
-
-def _gather(x: Tensor, window: Window, positions: Sequence[Tensor]) -> Tensor:
-    """Rows of patches at the grid of these output positions."""
     batch, channels = x.shape[:2]
     split: list[int] = []
     inside = torch.ones((), dtype=x.dtype, device=x.device)
-    masked = False
     for dim, at in enumerate(positions):
-        length, (before, after) = x.shape[2 + dim], window.padding[dim]
-        taps = torch.arange(window.kernel_size[dim], device=x.device) * window.dilation[dim]
-        index = (at.unsqueeze(1) * window.stride[dim] + taps - before).flatten()
-        here = torch.ones_like(index, dtype=x.dtype)
-        if before or after:
-            if window.padding_mode == "zeros":
-                masked, here = True, ((index >= 0) & (index < length)).to(x.dtype)
-            index = _pad_index(index, length, window.padding_mode)
-        inside = inside.unsqueeze(-1) * here
-        x = x.index_select(2 + dim, index)
-        split += [at.numel(), window.kernel_size[dim]]
-    if masked:
+        index, here = _tap_index(window, dim, at, x.shape[2 + dim])
+        inside = inside.unsqueeze(-1) * here.flatten().to(x.dtype)
+        x = x.index_select(2 + dim, index.flatten())
+        split += index.shape
+    if window.padding_mode == "zeros" and any(map(any, window.padding)):
         x = x * inside
     dims = len(positions)  # (N, C, L1, k1, L2, k2, ...) -> (N, L1, L2, ..., C, k1, k2, ...)
     x = x.reshape(batch, channels, *split).permute(0, *range(2, 2 + 2 * dims, 2), 1, *range(3, 3 + 2 * dims, 2))
     return x.reshape(-1, channels * window.taps)
 
 
-def _pad_index(index: Tensor, length: int, mode: str) -> Tensor:
-    """Where in the unpadded input the entries of the padded one come from."""
-    if mode == "circular":
-        return index.remainder(length)
-    if mode == "reflect":
-        return (length - 1) - ((length - 1) - index.abs()).abs()
-    return index.clamp(0, length - 1)
+def mean_patch(x: Tensor, window: Window) -> Tensor:
+    """The mean over the patches at all positions of all images, without taking any: one pass over x.
+
+    Along each dimension, a tap sees an entry of the map as often as there are positions that put it there; the
+    mean image is multiplied by these shares. Differentiable.
+
+    Shapes: x ``(N, C, *spatial)`` -> ``(C * taps,)``, in float32 at least.
+    """
+    mean = x.mean(0, dtype=torch.promote_types(x.dtype, torch.float32))
+    for dim, positions in enumerate(window.output_size(x.shape[2:])):
+        length = x.shape[2 + dim]
+        index, here = _tap_index(window, dim, torch.arange(positions, device=x.device), length)
+        shares = mean.new_zeros(length, index.shape[1]).scatter_add_(0, index, here.to(mean.dtype) / positions)
+        mean = mean.movedim(1, -1) @ shares
+    return mean.flatten()
+
+
+def _tap_index(window: Window, dim: int, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """``(positions, taps)``: where in the unpadded input the taps lie, and whether they lie inside it."""
+    taps = torch.arange(window.kernel_size[dim], device=positions.device) * window.dilation[dim]
+    index = positions.unsqueeze(1) * window.stride[dim] + taps - window.padding[dim][0]
+    if window.padding_mode == "zeros":
+        return index.clamp(0, length - 1), (index >= 0) & (index < length)
+    if window.padding_mode == "circular":
+        index = index.remainder(length)
+    elif window.padding_mode == "reflect":
+        index = (length - 1) - ((length - 1) - index.abs()).abs()
+    else:
+        index = index.clamp(0, length - 1)
+    return index, torch.ones_like(index, dtype=torch.bool)

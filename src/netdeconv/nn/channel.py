@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from netdeconv.errors import ShapeError
 from netdeconv.functional import Window
-from netdeconv.nn.layer import check_channels, check_floating
+from netdeconv.nn.layer import check_at_least_one, check_channels, check_floating
 from netdeconv.nn.whitening import Whitening
 
 if TYPE_CHECKING:
@@ -48,10 +48,9 @@ class ChannelWhitening(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_channels < 1:
-            raise ShapeError(f"{type(self).__name__}: expected num_channels >= 1, got {num_channels}.")
-        self.num_channels = num_channels
         label = f"{type(self).__name__}({num_channels})"
+        check_at_least_one("num_channels", num_channels, label)
+        self.num_channels = num_channels
         everywhere = Window((1,), (1,), (1,), ((0, 0),))
         self.whitening = Whitening(num_channels, everywhere, 1, whitening, device=device, dtype=dtype, label=label)
 
@@ -65,7 +64,7 @@ class ChannelWhitening(nn.Module):
                 "For one sample pass x.unsqueeze(0)."
             )
         check_channels(x, 1, self.num_channels, expected, label)
-        flat = x.reshape(*x.shape[:2], -1)
+        flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
         mean, roots = self.whitening(flat)
         blocks = self.whitening.blocks
         dtype = torch.promote_types(x.dtype, torch.float32)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from netdeconv.errors import ShapeError
 from netdeconv.functional import Window
-from netdeconv.nn.layer import WhitenedLayer, check_channels, check_conv_arguments, check_floating
+from netdeconv.nn.layer import WhitenedLayer, check_channels, check_conv_arguments, check_fits, check_floating
 from netdeconv.nn.whitening import Whitening
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class _WhitenedConv(WhitenedLayer):
                 "Add the missing ones with x.unsqueeze(0), or use the layer for this number of dimensions."
             )
         check_channels(x, -1 - dims, self.in_channels, f"{many} or {one}", label)
+        check_fits(x, self.whitening.window, f"{many} or {one}", label)
         weight, bias = self.whitened_parameters(x if x.dim() == dims + 2 else x.unsqueeze(0))
         output: Tensor = self._conv_forward(x, weight, bias)
         return output
@@ -98,7 +99,8 @@ class WhitenedConv2d(_WhitenedConv, nn.Conv2d):
             :class:`torch.nn.Conv2d`.
 
     Raises:
-        ShapeError: x has the wrong number of dimensions or channels; groups do not divide the channels.
+        ShapeError: x has the wrong number of dimensions or channels, or a map smaller than the window; groups do
+            not divide the channels.
         TypeError: x is not floating point.
         StatisticsError: evaluation before any training step.
 

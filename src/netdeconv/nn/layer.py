@@ -7,10 +7,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from netdeconv.errors import ShapeError
-from netdeconv.functional import fold
+from netdeconv.functional import Window, fold
 from netdeconv.nn.whitening import Whitening
 
-__all__ = ["WhitenedLayer", "check_channels", "check_conv_arguments", "check_floating"]
+__all__ = [
+    "WhitenedLayer",
+    "check_at_least_one",
+    "check_channels",
+    "check_conv_arguments",
+    "check_fits",
+    "check_floating",
+]
 
 
 class WhitenedLayer(nn.Module):
@@ -53,8 +60,29 @@ def check_channels(x: Tensor, dim: int, channels: int, expected: str, label: str
         )
 
 
+def check_at_least_one(name: str, channels: int, label: str) -> None:
+    """A layer that is made for no channels has nothing to whiten."""
+    if channels < 1:
+        raise ShapeError(f"{label}: expected {name} >= 1, got {channels}. Pass the number that the input has.")
+
+
+def check_fits(x: Tensor, window: Window, expected: str, label: str) -> None:
+    """The window fits into the padded map at least once; checked before the statistics count the step."""
+    size = x.shape[x.dim() - len(window.kernel_size) :]
+    if min(window.output_size(size)) < 1:
+        needed = tuple(
+            max(1, dilation * (kernel - 1) + 1 - sum(pads))
+            for kernel, dilation, pads in zip(window.kernel_size, window.dilation, window.padding, strict=True)
+        )
+        raise ShapeError(
+            f"{label}: expected x of shape {expected} with a map of at least {needed}, got {tuple(x.shape)}. "
+            "Pass a larger map, or raise the padding."
+        )
+
+
 def check_conv_arguments(in_channels: int, out_channels: int, groups: int, label: str) -> None:
-    """Groups must divide the channels on both sides."""
+    """There are input channels, and groups divide the channels on both sides."""
+    check_at_least_one("in_channels", in_channels, label)
     for name, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
         if groups < 1 or channels % groups:
             raise ShapeError(

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from netdeconv.errors import ShapeError
 from netdeconv.functional import Window
-from netdeconv.nn.layer import WhitenedLayer, check_channels, check_floating
+from netdeconv.nn.layer import WhitenedLayer, check_at_least_one, check_channels, check_floating
 from netdeconv.nn.whitening import Whitening
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class WhitenedLinear(WhitenedLayer, nn.Linear):
             :class:`torch.nn.Linear`.
 
     Raises:
-        ShapeError: the last dimension is not ``in_features``.
+        ShapeError: the last dimension is not ``in_features``, or that is not positive.
         TypeError: x is not floating point.
         StatisticsError: evaluation before any training step.
 
@@ -50,8 +50,9 @@ class WhitenedLinear(WhitenedLayer, nn.Linear):
         *,
         whitening: WhiteningConfig | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         label = f"{type(self).__name__}({in_features}, {out_features})"
+        check_at_least_one("in_features", in_features, label)
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.whitening = Whitening(in_features, Window(), 1, whitening, device=device, dtype=dtype, label=label)
 
     def forward(self, x: Tensor) -> Tensor:

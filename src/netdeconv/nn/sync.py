@@ -22,32 +22,33 @@ def joined_moments(moments: Moments, blocks: Blocks, about: Tensor, process_grou
     """Moments of the rows of all processes together, by one all-reduce of count-weighted sums.
 
     Sums are taken about ``about``, the remembered mean, which is the same everywhere: taken about zero, a mean
-    that is large beside the deviation would cost the covariance its digits. Outside distributed training, and
+    that is large beside the deviation would cost the covariance its digits. Without covariances only the mean is
+    joined. Outside distributed training, and
     with one process, ``moments`` come back unchanged. Differentiable.
 
     Shapes: as :class:`netdeconv.functional.Moments`.
     """
     if not distributed(process_group):
         return moments
-    if moments.rows == 0:  # an empty share still takes part, or the others would wait for it
-        moments = Moments(torch.zeros_like(moments.mean), tuple(map(torch.zeros_like, moments.covs)), 0)
-    count = moments.mean.new_full((1,), float(moments.rows))
+    if moments.rows == 0:  # an empty share still takes part, in the backward pass too, or the others would wait for it
+        moments = Moments(moments.mean.nan_to_num(), tuple(cov.nan_to_num() for cov in moments.covs), 0, moments.total)
+    count = moments.total.reshape(1)
     about = about.to(moments.mean.dtype)
     away = moments.mean - about
     outer = _outer(away, blocks)
     sums = [
         count,
         away * count,
-        *((cov + square).flatten() * count for cov, square in zip(moments.covs, outer, strict=True)),
+        *((cov + square).flatten() * count for cov, square in zip(moments.covs, outer, strict=False)),
     ]
-    total = _all_reduce(torch.cat(sums), process_group)
-    total, sizes = total[1:] / total[0], [away.numel(), *(cov.numel() for cov in moments.covs)]
-    away, *squares = total.split(sizes)
+    joined = _all_reduce(torch.cat(sums), process_group)
+    total, sizes = joined[0], [away.numel(), *(cov.numel() for cov in moments.covs)]
+    away, *squares = (joined[1:] / total).split(sizes)
     covs = tuple(
         square.reshape(cov.shape) - mine
-        for square, cov, mine in zip(squares, moments.covs, _outer(away, blocks), strict=True)
+        for square, cov, mine in zip(squares, moments.covs, _outer(away, blocks), strict=False)
     )
-    return Moments(away + about, covs, moments.rows)
+    return Moments(away + about, covs, moments.rows, total)
 
 
 def _outer(away: Tensor, blocks: Blocks) -> list[Tensor]:

@@ -16,6 +16,7 @@ from netdeconv.functional import (
     Window,
     corner_patches,
     inverse_sqrt,
+    mean_patch,
     patch_moments,
     spread_patches,
 )
@@ -28,16 +29,15 @@ __all__ = ["Whitening"]
 class Whitening(nn.Module):
     """Mean and inverse root of the covariance of the patches that a layer looks at.
 
-    ``forward(x)`` returns the pair that the layer folds into its weights:
+    ``forward(x)`` returns the pair that the layer folds into its weights. In training the mean is that of the
+    batch, at every step: it moves fast and is cheap. The root is dear, and is computed on refresh steps only (see
+    ``config.update_every``); other steps use the last one computed. In evaluation, and when ``frozen``, both are
+    remembered values.
 
-    - training, refresh step: computed from x, and blended into the remembered values;
-    - training, other steps, and when ``frozen``: the remembered values;
-    - evaluation: the remembered values.
-
-    The remembered values change only on refresh steps. They are averages over training steps: a refresh after
-    k steps has the weight ``1 - (1 - momentum)**k``, and with ``debias`` the weights are divided by their sum,
-    as Adam does. A batch with NaN or infinite values changes nothing, and a :class:`NonFiniteWarning` says so:
-    at once on a CPU, otherwise when the module next changes between training and evaluation.
+    Remembered values are averages over training steps: of the mean with the weight ``momentum`` at every step, of
+    the root with ``1 - (1 - momentum)**k`` after k steps; with ``debias`` the weights are divided by their sum, as
+    Adam does. A batch with NaN or infinite values changes nothing, and a :class:`NonFiniteWarning` says so: at once
+    on a CPU, otherwise when the module next changes between training and evaluation.
 
     Args:
         channels: channels of the layer's input.
@@ -50,9 +50,10 @@ class Whitening(nn.Module):
         frozen: no refresh while true, see :func:`netdeconv.freeze`.
         process_group: processes to gather statistics from when ``config.sync``; ``None`` for all.
 
-    Buffers: ``running_mean``, ``running_root`` (and ``running_root_rest`` for a smaller last block),
-    ``num_updates`` (refreshes so far), ``num_steps`` (training forwards so far), ``last_update`` (num_steps at
-    the last refresh), ``num_skipped`` (refreshes left out because of values that are not finite).
+    Buffers: ``running_mean``, ``running_root`` (and ``running_root_rest`` for a smaller last block), the remembered
+    values; ``last_root`` (``last_root_rest``), of the last refresh, where not every step is one; ``num_updates``
+    (refreshes so far), ``num_steps`` (training steps so far), ``last_update`` (num_steps at the last refresh),
+    ``num_skipped`` (steps left out because of values that are not finite).
     """
 
     running_mean: Tensor
@@ -80,9 +81,11 @@ class Whitening(nn.Module):
         self.blocks = Blocks.plan(channels, window, groups, self.config.block_size, self.config.grouping)
         self.frozen = False
         self.process_group: Any = None
-        self.register_buffer("running_mean", torch.zeros(self.blocks.mean_shape, device=device, dtype=dtype))
-        for name, shape in zip(self._root_names, self.blocks.root_shapes, strict=True):
-            self.register_buffer(name, torch.empty(shape, device=device, dtype=dtype))
+        self.register_buffer("running_mean", torch.empty(self.blocks.mean_shape, device=device, dtype=dtype))
+        self._kinds = ("running", "last") if self.config.update_every > 1 else ("running",)
+        for kind in self._kinds:
+            for name, shape in zip(self._names(kind), self.blocks.root_shapes, strict=True):
+                self.register_buffer(name, torch.empty(shape, device=device, dtype=dtype))
         for name in ("num_updates", "num_steps", "last_update", "num_skipped"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
         self.register_buffer("_pulse", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
@@ -91,20 +94,19 @@ class Whitening(nn.Module):
         self._skipped = 0
         self.reset_statistics()
 
-    @property
-    def _root_names(self) -> tuple[str, ...]:
-        return ("running_root", "running_root_rest")[: len(self.blocks.parts)]
+    def _names(self, kind: str) -> tuple[str, ...]:
+        return (f"{kind}_root", f"{kind}_root_rest")[: len(self.blocks.parts)]
 
-    @property
-    def running_roots(self) -> tuple[Tensor, ...]:
-        """The remembered root of every part of ``blocks``."""
-        return tuple(getattr(self, name) for name in self._root_names)
+    def _roots(self, kind: str) -> tuple[Tensor, ...]:
+        """The roots kept in the buffers of this kind, one for every part of ``blocks``."""
+        return tuple(getattr(self, name) for name in self._names(kind))
 
     def reset_statistics(self) -> None:
         """Forget everything: zero mean, identity root, all counters zero."""
         self.running_mean.zero_()
-        for root in self.running_roots:
-            root.copy_(torch.eye(root.shape[-1], dtype=root.dtype, device=root.device).expand_as(root))
+        for kind in self._kinds:
+            for root in self._roots(kind):
+                root.copy_(torch.eye(root.shape[-1], dtype=root.dtype, device=root.device).expand_as(root))
         for counter in (self.num_updates, self.num_steps, self.last_update, self.num_skipped):
             counter.zero_()
         self.clock.set(0)
@@ -113,37 +115,35 @@ class Whitening(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The pair to fold. Shapes: x ``(N, C, *spatial)`` -> ``blocks.mean_shape``, ``blocks.root_shapes``.
 
+        An empty batch is no step and changes nothing.
+
         Raises:
             StatisticsError: remembered values are needed and there are none.
         """
         if not self.training or self.frozen:
             return self.remembered()
+        if x.numel() == 0 and not (self.config.sync and distributed(self.process_group)):
+            return _kept(self.running_mean), tuple(_kept(root) for root in self._roots(self._kinds[-1]))
         again = _in_backward()  # activation checkpointing runs the forward a second time
         due = self.clock.was_due if again else self.clock.due
-        shared = self.config.sync and distributed(self.process_group)
-        pair = self._refresh(x, again) if due and (x.numel() > 0 or shared) else None
+        mean, roots = self._step(x, due, again)
         if not again:
             self.num_steps.add_(1)
             self.clock.advance(self._pulse)
-        return self.remembered(allow_none=x.numel() == 0) if pair is None else pair
+        return mean, roots
 
-    def remembered(self, allow_none: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The running values.
-
-        Where a gradient is recorded they are copies, as the next refresh changes the buffers in place.
+    def remembered(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The running values, as evaluation uses them.
 
         Raises:
             StatisticsError: no statistics have been gathered yet.
         """
-        if not (self._ready or allow_none or self._check_ready()):
+        if not (self._ready or self._check_ready()):
             raise StatisticsError(
-                f"{self.label}: expected whitening statistics from at least one training "
-                "step, got none so far. Run some batches in training mode first (model.train()), or load a trained "
-                "state dict."
+                f"{self.label}: expected whitening statistics from at least one training step, got none so far. Run "
+                "some batches in training mode first (model.train()), or load a trained state dict."
             )
-        if torch.is_grad_enabled():
-            return self.running_mean.clone(), tuple(root.clone() for root in self.running_roots)
-        return self.running_mean, self.running_roots
+        return _kept(self.running_mean), tuple(_kept(root) for root in self._roots("running"))
 
     def _check_ready(self) -> bool:
         if torch.compiler.is_compiling():
@@ -151,35 +151,34 @@ class Whitening(nn.Module):
         self._ready = bool(self.num_updates > 0)
         return self._ready
 
-    def _refresh(self, x: Tensor, again: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Mean and root of this batch; the remembered ones in place of any that are not finite."""
-        config = self.config
-        with torch.set_grad_enabled(torch.is_grad_enabled() and config.differentiable):
-            x = x if config.differentiable else x.detach()
-            moments = self._moments(x, self.num_updates - int(again))
-            roots = tuple(self._root(cov) for cov in moments.covs)
-            finite = torch.stack([value.isfinite().all() for value in (moments.mean, *roots)]).all()
-            mean, *roots_ = (
+    def _step(self, x: Tensor, due: bool, again: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Mean of this batch; root of this batch when due; remembered values in place of any that are not finite."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.differentiable):
+            moments = self._moments(x if self.config.differentiable else x.detach(), due, again)
+            fresh = (moments.mean, *(self._root(cov) for cov in moments.covs))
+            finite = torch.stack([value.isfinite().all() for value in fresh]).all()
+            mean, *roots = (
                 torch.where(finite, value, running.to(value.dtype))
-                for value, running in zip((moments.mean, *roots), (self.running_mean, *self.running_roots), strict=True)
+                for value, running in zip(fresh, (self.running_mean, *self._roots("running")), strict=False)
             )
         if not again:
-            self._remember(mean.detach(), [root.detach() for root in roots_], finite)
-        return mean, tuple(roots_)
+            self._remember(mean.detach(), [root.detach() for root in roots], finite)
+        return mean, tuple(roots) if due else tuple(_kept(root) for root in self._roots("last"))
 
-    def _moments(self, x: Tensor, turn: Tensor) -> Moments:
+    def _moments(self, x: Tensor, due: bool, again: bool) -> Moments:
+        """Mean, and the covariances of a sample of patches when due."""
         config = self.config
-        if config.sampling == "corner":
-            patches = corner_patches(x, self.window, sampling_stride=config.sampling_stride)
+        options = {"sampling_stride": config.sampling_stride}
+        if due and config.sampling == "corner":
+            sample = corner_patches(x, self.window, **options)
+            moments = patch_moments(sample.rows, self.blocks, sample.weights)
         else:
-            patches = spread_patches(
-                x,
-                self.window,
-                sampling_stride=config.sampling_stride,
-                max_samples=config.max_samples,
-                turn=turn,
-            )
-        moments = patch_moments(patches, self.blocks)
+            mean = self.blocks.pooled_mean(mean_patch(x, self.window))
+            moments = Moments(mean, (), x.shape[0], mean.new_full((), x.shape[0]))
+            if due:
+                turn = self.num_updates - int(again)
+                sample = spread_patches(x, self.window, max_samples=config.max_samples, turn=turn, **options)
+                moments = patch_moments(sample.rows, self.blocks, sample.weights)._replace(mean=mean)
         return joined_moments(moments, self.blocks, self.running_mean, self.process_group) if config.sync else moments
 
     def _root(self, cov: Tensor) -> Tensor:
@@ -188,12 +187,16 @@ class Whitening(nn.Module):
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, roots: list[Tensor], finite: Tensor) -> None:
-        """Blend a refresh into the running values; where not finite, mean and roots are those already."""
-        weight = self._weight()
-        for running, new in zip((self.running_mean, *self.running_roots), (mean, *roots), strict=True):
-            running.copy_(torch.lerp(running.to(new.dtype), new, weight.to(new.dtype)))
-        self.last_update.copy_(torch.where(finite, self.num_steps + 1, self.last_update))
-        self.num_updates.add_(finite)
+        """Blend into the running values; where not finite, mean and roots are those already."""
+        _blend(self.running_mean, mean, self._weight(self.num_steps))
+        if roots:
+            weight = self._weight(self.last_update)
+            for running, root in zip(self._roots("running"), roots, strict=True):
+                _blend(running, root, weight)
+            for last, root in zip(self._roots("last") if "last" in self._kinds else (), roots, strict=False):
+                last.copy_(torch.where(finite, root.to(last.dtype), last))
+            self.last_update.copy_(torch.where(finite, self.num_steps + 1, self.last_update))
+            self.num_updates.add_(finite)
         self.num_skipped.add_(~finite)
         if torch.compiler.is_compiling() or finite.is_cuda:
             self._ready = True  # looked at again when the mode changes
@@ -202,17 +205,17 @@ class Whitening(nn.Module):
         else:
             self._report_skipped()
 
-    def _weight(self) -> Tensor:
-        """Share of the new value in the running ones."""
-        momentum, device = self.config.momentum, self.running_mean.device
-        if momentum is None:
-            return 1 / (self.num_updates + 1).to(torch.float64)
-        keep = torch.full((), 1 - momentum, dtype=torch.float64, device=device)
+    def _weight(self, since: Tensor) -> Tensor:
+        """Share in the running values of what was seen at this step, the last time having been at step ``since``."""
         steps = self.num_steps + 1
-        new = 1 - keep ** (steps - self.last_update)
-        if not self.config.debias:
-            return new
-        seen = (1 - keep**steps).clamp(min=torch.finfo(new.dtype).tiny)  # zero only for momentum 0
+        if self.config.momentum is None:
+            new, seen = (steps - since).double(), steps.double()
+        else:
+            keep = torch.full((), 1 - self.config.momentum, dtype=torch.float64, device=steps.device)
+            new, seen = 1 - keep ** (steps - since), 1 - keep**steps
+            if not self.config.debias:
+                return new
+            seen = seen.clamp(min=torch.finfo(seen.dtype).tiny)  # zero only for momentum 0
         return torch.where(self.num_updates > 0, new / seen, torch.ones_like(new))
 
     def train(self, mode: bool = True) -> Whitening:
@@ -234,7 +237,7 @@ class Whitening(nn.Module):
         if skipped > self._skipped:
             warnings.warn(
                 f"{self.label}: expected finite input, got NaN or infinite values in "
-                f"{skipped - self._skipped} refresh(es). The remembered statistics were left as they were; look for "
+                f"{skipped - self._skipped} step(s). The remembered statistics were left as they were; look for "
                 "the batch, a too large learning rate, or an overflow in half precision.",
                 NonFiniteWarning,
                 stacklevel=2,
@@ -251,6 +254,15 @@ class Whitening(nn.Module):
         changed = [f"{name}={value!r}" for name, value in vars(self.config).items() if value != getattr(default, name)]
         kernel = "x".join(map(str, self.window.kernel_size)) or "linear"
         return ", ".join([f"{self.blocks.channels}", kernel, *changed])
+
+
+def _kept(value: Tensor) -> Tensor:
+    """A buffer to compute with: a copy where a gradient is recorded, as the next step changes the buffer in place."""
+    return value.clone() if torch.is_grad_enabled() else value
+
+
+def _blend(running: Tensor, new: Tensor, weight: Tensor) -> None:
+    running.copy_(torch.lerp(running.to(new.dtype), new, weight.to(new.dtype)))
 
 
 def _in_backward() -> bool:
