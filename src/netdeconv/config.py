@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 from netdeconv.errors import ConfigError
-from netdeconv.functional.isqrt import SOLVERS
+from netdeconv.functional.isqrt import SOLVERS, chosen_solver
 
 __all__ = ["GROUPINGS", "SAMPLINGS", "WhiteningConfig"]
 
@@ -55,7 +55,7 @@ class WhiteningConfig:
     grouping: str = "contiguous"
     eps: float = 1e-5
     num_iters: int = 5
-    solver: str = "newton_schulz"
+    solver: str = "auto"
     momentum: float | None = 0.1
     sampling: str = "spread"
     sampling_stride: int = 3
@@ -85,6 +85,10 @@ class WhiteningConfig:
         for name in ("differentiable", "debias", "sync"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"WhiteningConfig: expected {name} True or False, got {getattr(self, name)!r}.")
+        try:
+            chosen_solver(self.solver, self.num_iters)
+        except ValueError as error:
+            raise ConfigError(f"WhiteningConfig: {error}") from None
         if self.sampling == "corner" and self.max_samples is not None:
             raise ConfigError(
                 f"WhiteningConfig: max_samples={self.max_samples} cannot apply to sampling='corner', which has a "

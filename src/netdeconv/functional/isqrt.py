@@ -8,27 +8,34 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from netdeconv.errors import NumericalError, ShapeError
+from netdeconv.functional.polynomials import CHEBYSHEV, QUINTICS, chebyshev, quintics
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["SOLVERS", "inverse_sqrt"]
+__all__ = ["SOLVERS", "chosen_solver", "inverse_sqrt"]
 
-SOLVERS = ("newton_schulz", "eigh")
+SOLVERS = ("auto", "newton_schulz", "chebyshev", "quintic", "eigh")
 
 # Above this many steps rounding in the products is amplified by more than 1.5**(2 * 8) = 657, which TF32's
 # 1e-3 does not bear.
 _MAX_ITERS_IN_TF32 = 8
 
 
-def inverse_sqrt(cov: Tensor, *, num_iters: int = 5, solver: str = "newton_schulz") -> Tensor:
+def inverse_sqrt(cov: Tensor, *, num_iters: int = 5, solver: str = "auto") -> Tensor:
     """Symmetric ``D`` with ``D cov D`` near the identity, for one matrix or a batch of them.
 
     ``"newton_schulz"`` takes ``num_iters`` steps of the coupled iteration ``T = (3 I - Z Y) / 2``,
     ``Y <- Y T``, ``Z <- T Z`` from ``Y = cov / |cov|_F``, ``Z = I``, and returns ``Z / sqrt(|cov|_F)``. Its
     gain for an eigenvalue of relative size a is near ``1 / sqrt(a)`` but never above ``1.5**num_iters``: with
-    5 steps that regularises, as published, and only large eigenvalues are whitened. ``"eigh"`` gives the
-    exact root and ignores ``num_iters``; eigenvalues below rounding are treated as rounding errors.
+    5 steps that regularises, as published, and only large eigenvalues are whitened.
+
+    ``"chebyshev"`` computes the same map for 5 steps with 6 matrix products in place of 12, by a polynomial whose
+    gain is within 2e-4 of it; ``"quintic"`` the one for 15 steps with 17 in place of 42, within 1.1e-2. ``"auto"``
+    takes these where they apply, and Newton-Schulz for other numbers of steps.
+
+    ``"eigh"`` gives the exact root and ignores ``num_iters``; eigenvalues below rounding are treated as rounding
+    errors.
 
     Shapes: cov ``(..., n, n)``, symmetric positive semi-definite -> ``(..., n, n)``, same dtype; half
     precision is computed in float32. Scaling cov by c scales the result by ``c**-0.5``. A zero matrix gives a
@@ -39,6 +46,7 @@ def inverse_sqrt(cov: Tensor, *, num_iters: int = 5, solver: str = "newton_schul
 
     Raises:
         ShapeError: cov is not square.
+        ValueError: an unknown solver, num_iters < 1, or a solver without coefficients for num_iters.
         NumericalError: the eigendecomposition failed.
 
     Source: Ye et al. 2020, section 3.3; Denman and Beavers 1976; Higham, Functions of Matrices, chapter 6.
@@ -49,10 +57,11 @@ def inverse_sqrt(cov: Tensor, *, num_iters: int = 5, solver: str = "newton_schul
         raise ValueError(f"inverse_sqrt: expected solver one of {', '.join(map(repr, SOLVERS))}, got {solver!r}.")
     if num_iters < 1:
         raise ValueError(f"inverse_sqrt: expected num_iters >= 1, got {num_iters}. The published number is 5.")
+    solver = chosen_solver(solver, num_iters)
     dtype = torch.promote_types(cov.dtype, torch.float32)
     with torch.autocast(cov.device.type, enabled=False):
         scaled, scale = _normalise(cov.to(dtype))
-        root = _eigh(scaled) if solver == "eigh" else _newton_schulz(scaled, num_iters)
+        root = _eigh(scaled) if solver == "eigh" else _iterated(scaled, num_iters, solver)
         return (root * scale.rsqrt()).to(cov.dtype)
 
 
@@ -70,14 +79,33 @@ def _normalise(cov: Tensor) -> tuple[Tensor, Tensor]:
     return cov / norm, norm
 
 
+def chosen_solver(solver: str, num_iters: int) -> str:
+    """The solver that computes the root.
+
+    Raises:
+        ValueError: the solver has no coefficients for this number of steps.
+    """
+    if solver == "auto":
+        return "chebyshev" if num_iters in CHEBYSHEV else "quintic" if num_iters in QUINTICS else "newton_schulz"
+    for name, table in (("chebyshev", CHEBYSHEV), ("quintic", QUINTICS)):
+        if solver == name and num_iters not in table:
+            known = " or ".join(map(str, table))
+            raise ValueError(
+                f"inverse_sqrt: expected num_iters={known} with solver={name!r}, got {num_iters}. "
+                "Use solver='auto' for any number of steps."
+            )
+    return solver
+
+
+def _iterated(a: Tensor, num_iters: int, solver: str) -> Tensor:
+    method = {"chebyshev": chebyshev, "quintic": quintics, "newton_schulz": _newton_schulz}[solver]
+    if a.is_cuda and num_iters > _MAX_ITERS_IN_TF32 and torch.get_float32_matmul_precision() != "highest":
+        return method(a.double(), num_iters).to(a.dtype)
+    return method(a, num_iters)
+
+
 def _newton_schulz(a: Tensor, num_iters: int) -> Tensor:
     """The coupled iteration, without the products whose factor is the identity or whose result is unused."""
-    if a.is_cuda and num_iters > _MAX_ITERS_IN_TF32 and torch.get_float32_matmul_precision() != "highest":
-        return _iterate(a.double(), num_iters).to(a.dtype)
-    return _iterate(a, num_iters)
-
-
-def _iterate(a: Tensor, num_iters: int) -> Tensor:
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     step = 1.5 * eye - 0.5 * a
     y, z = a, step

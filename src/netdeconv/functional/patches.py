@@ -95,14 +95,15 @@ def mean_patch(x: Tensor, window: Window) -> Tensor:
     Along each dimension, a tap sees an entry of the map as often as there are positions that put it there; the
     mean image is multiplied by these shares. Differentiable.
 
-    Shapes: x ``(N, C, *spatial)`` -> ``(C * taps,)``, in float32 at least.
+    Shapes: x ``(N, C, *spatial)`` -> ``(C * taps,)``, in float32 at least, also under autocast.
     """
     mean = x.mean(0, dtype=torch.promote_types(x.dtype, torch.float32))
     for dim, positions in enumerate(window.output_size(x.shape[2:])):
         length = x.shape[2 + dim]
         index, here = _tap_index(window, dim, torch.arange(positions, device=x.device), length)
         shares = mean.new_zeros(length, index.shape[1]).scatter_add_(0, index, here.to(mean.dtype) / positions)
-        mean = mean.movedim(1, -1) @ shares
+        with torch.autocast(x.device.type, enabled=False):
+            mean = mean.movedim(1, -1) @ shares
     return mean.flatten()
 
 
