@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from netdeconv.errors import ShapeError
 from netdeconv.functional import Window, fold
+from netdeconv.nn.cache import FoldCache
 from netdeconv.nn.whitening import Whitening
 
 __all__ = [
@@ -29,8 +32,16 @@ class WhitenedLayer(nn.Module):
 
     def whitened_parameters(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias that whiten x ``(N, C, *spatial)`` and then do what the layer does."""
-        mean, roots = self.whitening(x)
-        return fold(self.weight, self.bias, mean, roots, self.whitening.blocks)
+        whitening = self.whitening
+        mean, roots = whitening(x)
+        if (whitening.training and not whitening.frozen) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return fold(self.weight, self.bias, mean, roots, whitening.blocks)
+        made_of = (self.weight, mean, *roots) if self.bias is None else (self.weight, self.bias, mean, *roots)
+        return self._cache.folded(made_of, lambda: fold(self.weight, self.bias, mean, roots, whitening.blocks))
+
+    @functools.cached_property
+    def _cache(self) -> FoldCache:
+        return FoldCache()
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the plain layer that equals this one in evaluation mode.
