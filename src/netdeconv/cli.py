@@ -1,0 +1,187 @@
+"""The command ``netdeconv``: reads the command line, calls the lab, prints.
+
+Heavy libraries are imported inside the commands that use them, so that ``--help`` and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from netdeconv import __version__
+from netdeconv.errors import ConfigError
+
+__all__ = ["main"]
+
+# Libraries of the extra "lab", by the name they are imported with.
+_LAB = {
+    "jsonargparse",
+    "lightning",
+    "matplotlib",
+    "numpy",
+    "PIL",
+    "scipy",
+    "sklearn",
+    "torchmetrics",
+    "torchvision",
+    "tqdm",
+}
+
+_USER_ERROR, _INTERRUPTED = 2, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_USER_ERROR, f"{self.prog}: {message}. See {self.prog} --help\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A subcommand: what it is called, its arguments, and what it does; ``run`` returns the exit code."""
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        Exit code: 0 done, 2 a mistake of the user (one line on standard error says which), 130 interrupted.
+    """
+    parser = _Parser(prog="netdeconv", description="Network deconvolution for PyTorch.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"netdeconv {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    for command in COMMANDS:
+        sub = commands.add_parser(
+            command.name,
+            help=command.help,
+            description=command.help,
+            allow_abbrev=False,
+        )
+        command.add_arguments(sub)
+        sub.set_defaults(command=command)
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    return _run(args.command, args)
+
+
+def _run(command: Command, args: argparse.Namespace) -> int:
+    prog = f"netdeconv {command.name}"
+    try:
+        return command.run(args)
+    except ConfigError as error:
+        return _complain(prog, str(error), f"See {prog} --help")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _LAB:
+            raise
+        return _complain(prog, f"needs {package}, which is not installed", 'Run: pip install "netdeconv[lab]"')
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _complain(prog, f"cannot use {error.filename}: {error.strerror}", "Choose another place")
+    except KeyboardInterrupt:
+        print(f"\n{prog}: stopped.", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _complain(prog: str, what: str, remedy: str) -> int:
+    print(f"{prog}: {' '.join(what.split()).rstrip('.')}. {remedy}", file=sys.stderr)
+    return _USER_ERROR
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    from netdeconv.lab.experiments.demo_settings import DemoSettings
+
+    helps = {
+        "epochs": ("N", "passes over the training images"),
+        "seeds": ("N", "runs at every learning rate"),
+        "rates": ("RATE", "learning rates to try"),
+        "batch_size": ("N", "images in a training batch"),
+        "target": ("SHARE", "test accuracy to count the epochs to"),
+        "threads": ("N", "threads to compute with"),
+    }
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="run folder (default: runs/demo)"
+    )
+    for name, (metavar, text) in helps.items():
+        default = getattr(DemoSettings, name)
+        several = isinstance(default, tuple)
+        shown = " ".join(f"{value:g}" for value in default) if several else default
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type(default[0] if several else default),
+            nargs="+" if several else None,
+            default=argparse.SUPPRESS,
+            metavar=metavar,
+            help=f"{text} (default: {shown})",
+        )
+    quick = DemoSettings.quick()
+    rates = " ".join(f"{rate:g}" for rate in quick.rates)
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"other defaults: {quick.epochs} epochs, {quick.seeds} seeds, rates {rates}",
+    )
+    parser.add_argument("--fresh", action="store_true", help="repeat runs that are finished already")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the table")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from netdeconv.lab.experiments.demo_settings import DemoSettings
+
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(DemoSettings) if hasattr(args, f.name)}
+    if "rates" in given:
+        given["rates"] = tuple(given["rates"])
+    settings = DemoSettings.quick(**given) if args.quick else DemoSettings(**given)
+    try:
+        from netdeconv.lab.experiments import demo, demo_report
+
+        metrics = demo.run_demo(args.out, settings, fresh=args.fresh, show=not args.quiet)
+    except KeyboardInterrupt:
+        print(f"\nStopped. Finished runs are kept; the same command goes on from {args.out}.", file=sys.stderr)
+        return _INTERRUPTED
+    print("\n" + demo_report.summary(metrics, args.out))
+    return 0
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    from netdeconv.lab.benchmark import command
+
+    command.add_arguments(parser)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from netdeconv.lab.benchmark import command
+
+    return command.run(args)
+
+
+COMMANDS = (
+    Command(
+        "demo",
+        "Train a small network on digits with batch normalisation and with network deconvolution, and compare.",
+        _demo_arguments,
+        _demo,
+    ),
+    Command(
+        "bench",
+        "Measure time, memory and accuracy of network deconvolution, beside batch normalisation's.",
+        _bench_arguments,
+        _bench,
+    ),
+)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Progress of many short trainings: two bars in a terminal, a few plain lines anywhere else."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm import tqdm
+
+from netdeconv import NonFiniteWarning
+
+__all__ = ["Progress", "quiet_lightning"]
+
+# Lightning on newer torch; and its remark, on machines with a GPU, that we asked for the CPU.
+_NOT_OURS = (r".*isinstance\(treespec, LeafSpec\)", r"GPU available but not used")
+
+_FORMAT = "{desc:<44} {percentage:3.0f}% |{bar:24}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+
+
+class Progress:
+    """Bars for a list of runs: one over all runs, one over the training steps of the present run.
+
+    They are drawn only where the stream is a terminal, and are gone when the block ends. :meth:`say` prints a
+    line that stays.
+
+    Args:
+        runs: how many runs there are.
+        done: how many of them are finished already.
+        stream: where to draw; standard error when ``None``.
+        show: ``False`` prints nothing at all.
+    """
+
+    def __init__(self, runs: int, done: int = 0, *, stream: TextIO | None = None, show: bool = True) -> None:
+        self.stream = sys.stderr if stream is None else stream
+        self.show = show
+        self.drawn = show and self.stream.isatty()
+        options: dict[str, Any] = {
+            "file": self.stream, "disable": not self.drawn, "leave": False, "bar_format": _FORMAT
+        }  # fmt: skip
+        self._all = tqdm(total=runs, initial=done, desc="all runs", unit="run", position=0, **options)
+        self._run = tqdm(total=1, unit="step", position=1, **options)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._run.close()
+        self._all.close()
+
+    def start_run(self, name: str, steps: int) -> None:
+        """The present run's bar begins anew."""
+        if self.drawn:
+            self._run.reset(total=steps)
+            self._run.set_description_str(name)
+
+    def step(self) -> None:
+        """One training step is done."""
+        self._run.update()
+
+    def end_run(self) -> None:
+        """One run is done."""
+        self._all.update()
+
+    def say(self, line: str) -> None:
+        """Print a line above the bars."""
+        if self.show:
+            tqdm.write(line, file=self.stream)
+            self.stream.flush()
+
+    def callback(self) -> StepBar:
+        """What makes a Lightning trainer move the bar."""
+        return StepBar(self)
+
+
+class StepBar(ProgressBar):
+    """Lightning's progress bar, drawn in the place that :class:`Progress` keeps for it."""
+
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self._progress = progress
+
+    def disable(self) -> None:
+        self._progress.drawn = False
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._progress.step()
+
+
+@contextlib.contextmanager
+def quiet_lightning() -> Iterator[None]:
+    """No Lightning notices about hardware and finished loops, nor whitening's about a run that diverges.
+
+    All other warnings and errors still come through. What was set before is restored.
+    """
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=NonFiniteWarning)
+            for message in _NOT_OURS:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        logger.setLevel(level)

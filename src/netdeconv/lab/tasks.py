@@ -1,0 +1,130 @@
+"""Lightning modules: what is trained, how, and what is written down while it runs."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+__all__ = ["Classification", "RunRecord", "with_fresh_statistics"]
+
+PARTS = ("validation", "test")
+
+
+class Classification(LightningModule):
+    """Image classification: cross entropy, SGD with momentum, cosine schedule down to 0, per step.
+
+    Logs ``train/loss``, and for each evaluation loader ``validation/...`` and ``test/...``: loss and accuracy
+    (share of images whose largest output is the right class).
+
+    Args:
+        net: images to one output per class.
+        classes: number of classes.
+        rate: learning rate at the start.
+        momentum, weight_decay: of SGD; the decay is on all parameters, as in the paper's code.
+    """
+
+    def __init__(
+        self, net: nn.Module, *, classes: int, rate: float, momentum: float = 0.9, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.rate = rate
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.accuracy = nn.ModuleDict(
+            {part: MulticlassAccuracy(num_classes=classes, average="micro") for part in PARTS}
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast("Tensor", self.net(x))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        loss = F.cross_entropy(self(images), labels)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        images, labels = batch
+        part = PARTS[dataloader_idx]
+        outputs = self(images)
+        metric = cast("MulticlassAccuracy", self.accuracy[part])
+        metric.update(outputs, labels)
+        options: dict[str, Any] = {"on_epoch": True, "add_dataloader_idx": False, "batch_size": len(labels)}
+        self.log(f"{part}/loss", F.cross_entropy(outputs, labels), **options)
+        self.log(f"{part}/accuracy", metric, **options)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(
+            self.parameters(), lr=self.rate, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class RunRecord(Callback):
+    """Keeps the curves of one run and the time of every training step.
+
+    A step's time runs from the batch being ready to the parameters being updated: forward, backward,
+    optimiser and Lightning's own work around them; evaluation is not in it.
+
+    Args:
+        images: what :func:`with_fresh_statistics` recomputes the statistics from after the first epoch.
+        test: images and labels to measure that network's accuracy on.
+
+    Attributes:
+        curves: one list per logged number, one value per finished epoch.
+        step_seconds: one value per training step.
+        fresh_accuracy: accuracy after the first epoch with recomputed statistics.
+    """
+
+    def __init__(self, images: Tensor, test: tuple[Tensor, Tensor]) -> None:
+        self.images = images
+        self.test = test
+        self.fresh_accuracy = 0.0
+        self.curves: dict[str, list[float]] = {}
+        self.step_seconds: list[float] = []
+        self._start = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.step_seconds.append(time.perf_counter() - self._start)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, value in trainer.callback_metrics.items():
+            self.curves.setdefault(name, []).append(float(value))
+        if trainer.current_epoch == 0:
+            net = with_fresh_statistics(cast("Classification", pl_module).net, self.images)
+            images, labels = self.test
+            with torch.no_grad():
+                self.fresh_accuracy = float((net(images).argmax(1) == labels).double().mean())
+
+
+def with_fresh_statistics(net: nn.Module, images: Tensor) -> nn.Module:
+    """A copy for evaluation whose normalisation statistics are those of the images, taken in one batch.
+
+    The averages that a network remembers while it trains lag behind its weights, most so in the first epoch.
+    This takes the lag away, for batch normalisation and for whitening alike; the weights stay as they are.
+    """
+    net = copy.deepcopy(net).train()
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None
+        elif callable(reset := getattr(module, "reset_statistics", None)):
+            reset()
+    with torch.no_grad():
+        net(images)
+    return net.eval()
