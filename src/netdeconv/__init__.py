@@ -12,6 +12,7 @@ from netdeconv.nn import (
     freeze,
     unfreeze,
 )
+from netdeconv.surgery import calibrate, check_fused, convert, fuse, plan_conversion
 
 __version__ = "0.1.0"
 
@@ -27,7 +28,12 @@ __all__ = [
     "WhitenedConv3d",
     "WhitenedLinear",
     "WhiteningConfig",
+    "calibrate",
+    "check_fused",
+    "convert",
     "freeze",
     "functional",
+    "fuse",
+    "plan_conversion",
     "unfreeze",
 ]

@@ -1,0 +1,95 @@
+"""Recomputing the remembered statistics of a whitened network from data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from netdeconv.errors import ConfigError, StatisticsError
+from netdeconv.nn import ChannelWhitening, Whitening
+from netdeconv.nn.layer import WhitenedLayer
+from netdeconv.surgery.batches import batches, run_batch
+from netdeconv.surgery.modes import evaluating
+from netdeconv.surgery.statistics import Gatherer, input_rows, remember
+
+__all__ = ["calibrate"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@torch.no_grad()
+def calibrate(
+    model: Model, data: Any, *, passes: int = 1, call: Callable[[nn.Module, Any], Any] | None = None
+) -> Model:
+    """Replace the remembered statistics by those of the data, every patch with the same weight; returns the model.
+
+    In training they are averages over the last steps, of weights that moved meanwhile, and of samples of patches.
+    Here weights stand still and every patch is looked at. In the first pass each layer whitens a batch by the
+    batch's own statistics, as in training; in each further pass by those of the pass before. After pass k they
+    are exact for the first k layers of a chain: exactly the statistics of what the layer sees in evaluation.
+
+    Everything but the whitenings is in evaluation mode meanwhile (no dropout). Training flags are restored.
+    Frozen whitenings are recomputed too, as this is an explicit wish.
+
+    Args:
+        model: a converted model, trained or not.
+        data: a tensor, or an iterable of batches; with ``passes > 1`` one that can be gone through again.
+        passes: how often to go through the data.
+        call: how a batch is run, as in :func:`netdeconv.convert`.
+
+    Raises:
+        ConfigError: nothing to calibrate, no data, or data that cannot be gone through ``passes`` times.
+        StatisticsError: the data never reach some whitening.
+        NumericalError: statistics that are not finite. In both cases all remembered values stay what they were.
+    """
+    layers: dict[nn.Module, Whitening] = {
+        module: module.whitening for module in model.modules() if isinstance(module, (WhitenedLayer, ChannelWhitening))
+    }
+    if not layers:
+        raise ConfigError("calibrate: expected a model with whitened layers, got one without. Convert it first.")
+    if passes < 1:
+        raise ConfigError(f"calibrate: expected passes >= 1, got {passes}.")
+    if passes > 1 and iter(data) is data:
+        raise ConfigError(f"calibrate: expected data that can be gone through {passes} times, got an iterator.")
+    before = {name: value.clone() for name, value in model.state_dict().items() if ".whitening." in f".{name}"}
+    try:
+        with evaluating(model):
+            for turn in range(passes):
+                _one_pass(model, layers, data, call, own=turn == 0)
+    except BaseException:
+        model.load_state_dict(before, strict=False)
+        raise
+    return model
+
+
+def _one_pass(model: nn.Module, layers: dict[nn.Module, Whitening], data: Any, call: Any, own: bool) -> None:
+    gatherers = {layer: Gatherer(whitening, every_position=True) for layer, whitening in layers.items()}
+
+    def gather(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["x"]
+        gatherer = gatherers[layer]
+        flat = x.flatten(2) if isinstance(layer, ChannelWhitening) and x.dim() > 2 else x
+        flat = flat.unsqueeze(-1) if isinstance(layer, ChannelWhitening) and x.dim() == 2 else flat
+        moments = gatherer.add(input_rows(flat, gatherer.whitening.window))
+        if own and moments is not None:
+            remember(gatherer.whitening, moments, 1)
+
+    handles = [layer.register_forward_pre_hook(gather, with_kwargs=True) for layer in layers]
+    try:
+        for batch in batches(data):
+            run_batch(model, batch, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    unreached = [gatherer.whitening.label for gatherer in gatherers.values() if not gatherer.total]
+    if unreached:
+        shown = ", ".join(unreached[:5]) + (f", and {len(unreached) - 5} more" if len(unreached) > 5 else "")
+        raise StatisticsError(
+            f"calibrate: expected data that reach every whitening, got none at {shown}. Layers that run in training "
+            "only, such as auxiliary heads, get their statistics there."
+        )
+    for gatherer in gatherers.values():
+        remember(gatherer.whitening, gatherer.moments(), gatherer.batches)

@@ -1,0 +1,96 @@
+"""Foreign layers that are plain torch ones in disguise, rewritten as such before the conversion looks at them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from netdeconv.errors import ConfigError
+
+__all__ = ["Rule", "SamePadding", "rule_for"]
+
+Rule: TypeAlias = "Callable[[Any], nn.Module | None]"
+
+
+class SamePadding(nn.Module):
+    """Zero padding that depends on the input, so that a strided convolution sees ``ceil(size / stride)`` positions.
+
+    As TensorFlow pads: one more behind than before where it does not come out even.
+
+    Shapes: ``(N, C, H, W)`` -> ``(N, C, H', W')``.
+    """
+
+    def __init__(self, kernel_size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads: list[int] = []
+        for size, kernel, stride, dilation in zip(
+            reversed(x.shape[-len(self.kernel_size) :]),
+            reversed(self.kernel_size),
+            reversed(self.stride),
+            reversed(self.dilation),
+            strict=True,
+        ):
+            total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+            pads += [total // 2, total - total // 2]
+        return F.pad(x, pads)
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}"
+
+
+def rule_for(module: nn.Module, rules: Mapping[type, Rule] | None) -> tuple[Rule, str] | None:
+    """The rule for a module's class, the user's before ours, and its name; ``None`` when there is none.
+
+    Raises:
+        ConfigError: ``rules`` is not a mapping from classes to functions.
+    """
+    for kind, rule in (rules or {}).items():
+        if not (isinstance(kind, type) and callable(rule)):
+            raise ConfigError(
+                f"rules: expected module classes as keys and functions of one module as values, got {kind!r}: {rule!r}."
+            )
+    for kind in type(module).__mro__:
+        if rules and kind in rules:
+            return rules[kind], f"rule for {kind.__name__}"
+    kind = type(module)
+    known = _KNOWN.get(f"{kind.__module__}.{kind.__name__}")
+    if known is None or "forward" in vars(module) or "weight" not in module._parameters:
+        return None
+    return known
+
+
+def _from_conv_same(conv: Any) -> nn.Module:
+    plain = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        dilation=conv.dilation,
+        groups=conv.groups,
+        bias=conv.bias is not None,
+        device="meta",
+    )
+    plain.weight, plain.bias = conv.weight, conv.bias
+    both = nn.Sequential()
+    both.add_module("pad", SamePadding(conv.kernel_size, conv.stride, conv.dilation))
+    both.add_module("conv", plain)
+    return both
+
+
+def _from_linear(linear: Any) -> nn.Module:
+    plain = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    plain.weight, plain.bias = linear.weight, linear.bias
+    return plain
+
+
+# What a class is rewritten as, by its full name, so that its library need not be installed.
+_KNOWN: dict[str, tuple[Rule, str]] = {
+    "timm.layers.conv2d_same.Conv2dSame": (_from_conv_same, "as padding and convolution"),
+    "timm.layers.linear.Linear": (_from_linear, "as linear layer: its cast is for scripting only"),
+}

@@ -1,0 +1,81 @@
+"""Choosing modules of a model by path, class or predicate."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from netdeconv.errors import ConfigError
+
+__all__ = ["Pattern", "Selection"]
+
+Pattern: TypeAlias = "str | type | Callable[[str, nn.Module], bool]"
+
+
+class Selection:
+    """Which modules ``include`` and ``exclude`` leave to be converted, and for what reason others are not.
+
+    A pattern is a path (``"layer4"``: the module and everything inside; ``*`` and ``?`` match as in file names),
+    a module class, or a function of path and module. A module is chosen when some pattern of ``include``
+    matches, ``None`` meaning all modules, and none of ``exclude``.
+    """
+
+    def __init__(
+        self, include: Pattern | Iterable[Pattern] | None = None, exclude: Pattern | Iterable[Pattern] | None = None
+    ) -> None:
+        self.include = None if include is None else _listed("include", include)
+        self.exclude = [] if exclude is None else _listed("exclude", exclude)
+        self._used: set[int] = set()
+
+    def why_not(self, path: str, module: nn.Module) -> str | None:
+        """The reason this module is not chosen; ``None`` when it is."""
+        hits = [pattern for pattern in self.exclude if self._matches(pattern, path, module)]
+        if hits:
+            return f"excluded by {_name(hits[0])}"
+        # All patterns are tried, so that one that never matches is found.
+        chosen = [self._matches(pattern, path, module) for pattern in self.include or ()]
+        return None if self.include is None or any(chosen) else "not in include"
+
+    def check_used(self) -> None:
+        """Complain about a pattern that matched nothing, most often a misspelt path.
+
+        Raises:
+            ConfigError: there is one.
+        """
+        for word, patterns in (("include", self.include or []), ("exclude", self.exclude)):
+            for pattern in patterns:
+                if id(pattern) not in self._used:
+                    raise ConfigError(
+                        f"{word}: expected patterns that match some module of the model, got {_name(pattern)}, which "
+                        "matches none. Paths are those of model.named_modules(), e.g. 'layer1.0.conv2' or 'layer1.*'."
+                    )
+
+    def _matches(self, pattern: Any, path: str, module: nn.Module) -> bool:
+        if isinstance(pattern, str):
+            parts = path.split(".")
+            found = any(fnmatch.fnmatchcase(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))
+        elif isinstance(pattern, type):
+            found = isinstance(module, pattern)
+        else:
+            found = bool(pattern(path, module))
+        if found:
+            self._used.add(id(pattern))
+        return found
+
+
+def _listed(word: str, patterns: Any) -> list[Any]:
+    listed = [patterns] if isinstance(patterns, (str, type)) or callable(patterns) else list(patterns)
+    for pattern in listed:
+        if not (isinstance(pattern, (str, type)) or callable(pattern)):
+            raise ConfigError(
+                f"{word}: expected paths, module classes or functions of (path, module), got {pattern!r} of type "
+                f"{type(pattern).__name__}."
+            )
+    return listed
+
+
+def _name(pattern: Any) -> str:
+    return repr(pattern) if isinstance(pattern, str) else getattr(pattern, "__name__", repr(pattern))

@@ -1,0 +1,207 @@
+"""Calibration: the statistics of a data set, to the last row, and nothing else changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import netdeconv
+from netdeconv import ConfigError, NumericalError, StatisticsError, WhiteningConfig
+from netdeconv.zoo import create
+
+EXACT_TOLERANCE = 1e-9  # float64: sums over batches against one sum over everything
+CONFIGS = {
+    "default": WhiteningConfig(block_size=3),
+    "whole": WhiteningConfig(solver="eigh"),
+    "paper": WhiteningConfig.paper(block_size=2),
+}
+
+
+def patches_of(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    return F.unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride).movedim(1, 2).flatten(0, 1)
+
+
+def network(config: WhiteningConfig) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2, groups=2), nn.Flatten()]
+    return netdeconv.convert(nn.Sequential(*layers, nn.Linear(24, 3)), config).double()
+
+
+def batches(count: int = 3) -> list[Tensor]:
+    random = torch.Generator().manual_seed(1)
+    mix = torch.randn(4, 4, generator=random, dtype=torch.float64)
+    return [
+        torch.einsum("nchw,dc->ndhw", torch.randn(n, 4, 6, 6, generator=random, dtype=torch.float64), mix) + n
+        for n in (1, 5, 2)[:count]
+    ]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_first_layer_has_the_statistics_of_all_rows(name: str) -> None:
+    config = CONFIGS[name]
+    model = network(config)
+    netdeconv.calibrate(model, batches())
+    layer = model[0]
+    blocks = layer.whitening.blocks
+    # One tensor of all rows, the mean and covariance written out.
+    rows = patches_of(torch.cat(batches()), layer)
+    if name == "whole":
+        mean = rows.mean(0)
+        cov = (rows - mean).T @ (rows - mean) / len(rows)
+        root = torch.linalg.inv(_sqrt(cov + config.eps * torch.eye(len(cov), dtype=cov.dtype)))
+        torch.testing.assert_close(layer.whitening.running_root, root, rtol=1e-6, atol=1e-8)
+    else:
+        moments = netdeconv.functional.patch_moments(rows, blocks)
+        mean = moments.mean
+        eye = torch.eye(moments.covs[0].shape[-1], dtype=torch.float64)
+        root = netdeconv.functional.inverse_sqrt(moments.covs[0] + config.eps * eye, num_iters=5, solver=config.solver)
+        torch.testing.assert_close(layer.whitening.running_root, root, rtol=EXACT_TOLERANCE, atol=EXACT_TOLERANCE)
+    torch.testing.assert_close(layer.whitening.running_mean, mean, rtol=EXACT_TOLERANCE, atol=EXACT_TOLERANCE)
+
+
+def _sqrt(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.sqrt()) @ vectors.T
+
+
+def test_further_passes_are_exact_for_further_layers() -> None:
+    model = network(CONFIGS["default"]).eval()
+    netdeconv.calibrate(model, batches(), passes=3)
+    x = torch.cat(batches())
+    with torch.no_grad():
+        for index in (0, 2, 4):
+            seen = model[:index](x)
+            layer = model[index]
+            rows = seen if index == 4 else patches_of(seen, layer)
+            moments = netdeconv.functional.patch_moments(rows, layer.whitening.blocks)
+            torch.testing.assert_close(layer.whitening.running_mean, moments.mean, rtol=1e-8, atol=1e-8)
+    # ... and so no longer depend on how the rows came in batches.
+    other = netdeconv.calibrate(network(CONFIGS["default"]).eval(), [x], passes=3)
+    for name, value in other.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-7, atol=1e-7)
+
+
+def test_one_pass_comes_close_to_training_statistics_on_one_batch() -> None:
+    x = torch.cat(batches())
+    model = network(WhiteningConfig(block_size=3, max_samples=10**6))
+    trained = network(WhiteningConfig(block_size=3, max_samples=10**6))
+    trained.train()(x)
+    netdeconv.calibrate(model, x)
+    for name, value in trained.state_dict().items():
+        if "running" in name:
+            torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-8, atol=1e-8)
+
+
+def test_a_case_by_hand() -> None:
+    layer = netdeconv.WhitenedLinear(3, 2, dtype=torch.float64, whitening=WhiteningConfig(solver="eigh", eps=0.0))
+    x = torch.tensor([[0.0, 0, 0], [2, 0, 0], [0, 4, 0], [2, 4, 2], [0, 0, 2], [2, 0, 2], [0, 4, 2], [2, 4, 0]])
+    netdeconv.calibrate(layer, x.double())
+    # By hand: independent columns of deviation 1, 2 and 1 around 1, 2 and 1.
+    torch.testing.assert_close(layer.whitening.running_mean, torch.tensor([1.0, 2, 1], dtype=torch.float64))
+    torch.testing.assert_close(
+        layer.whitening.running_root, torch.diag(torch.tensor([1, 0.5, 1], dtype=torch.float64)), atol=1e-9, rtol=0
+    )
+
+
+def test_modes_parameters_and_random_numbers_stay() -> None:
+    model = netdeconv.convert(create("vgg11", width=0.125))
+    model.features[0].eval()
+    model.add_module("dropout", nn.Dropout())
+    flags = [module.training for module in model.modules()]
+    weights = [p.clone() for p in model.parameters()]
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    assert netdeconv.calibrate(model, torch.ones(4, 3, 32, 32)) is model
+    assert torch.equal(torch.rand(2), expected)
+    assert flags == [module.training for module in model.modules()]
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_evaluation_works_afterwards_and_training_goes_on_smoothly() -> None:
+    torch.manual_seed(0)
+    model = netdeconv.convert(create("vgg11", width=0.125))
+    data = [torch.randn(8, 3, 32, 32) for _ in range(2)]
+    netdeconv.calibrate(model, data).eval()
+    x = data[0]
+    before = model(x)
+    whitening = model.features[0].whitening
+    root = whitening.running_root.clone()
+    model.train()
+    model(x)
+    # One refresh replaces about the momentum's share, not everything as the very first one does.
+    moved = (whitening.running_root - root).norm() / root.norm()
+    assert 0 < moved < 0.1
+    assert whitening.num_updates == 3
+    model(x)
+    assert whitening.num_updates == 3, "the dense warm-up is over"
+    assert before.isfinite().all()
+
+
+def test_batches_of_every_form() -> None:
+    x = torch.cat(batches())
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = netdeconv.WhitenedLinear(6, 2, dtype=torch.float64)
+
+        def forward(self, image: Tensor, scale: float = 1.0) -> Tensor:
+            return self.layer(image * scale)
+
+    def root(data: Any, **options: Any) -> Tensor:
+        model = Named()
+        netdeconv.calibrate(model, data, **options)
+        return model.layer.whitening.running_root
+
+    expected = root(x)
+    assert torch.equal(root([(x, torch.zeros(8))]), expected)
+    assert torch.equal(root([[x]]), expected)
+    assert torch.equal(root([{"image": x}]), expected)
+    assert torch.equal(root(iter([x])), expected)
+    assert torch.equal(root([(x / 2, 2.0)], call=lambda model, batch: model(*batch)), expected)
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ConfigError, match="expected a model with whitened layers"):
+        netdeconv.calibrate(nn.Linear(2, 2), torch.ones(2, 2))
+    model = netdeconv.WhitenedLinear(2, 2)
+    with pytest.raises(ConfigError, match="at least one batch, got none"):
+        netdeconv.calibrate(model, [])
+    with pytest.raises(ConfigError, match="a tensor or an iterable of batches, got int"):
+        netdeconv.calibrate(model, 3)
+    with pytest.raises(ConfigError, match="gone through 2 times"):
+        netdeconv.calibrate(model, iter([torch.ones(2, 2)]), passes=2)
+    with pytest.raises(ConfigError, match="passes >= 1, got 0"):
+        netdeconv.calibrate(model, torch.ones(2, 2), passes=0)
+
+
+def test_nothing_changes_when_it_fails() -> None:
+    model = network(CONFIGS["default"])
+    netdeconv.calibrate(model, batches())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    bad = [*batches(), batches()[0] * torch.nan]
+    with pytest.raises(NumericalError, match=r"^0: WhitenedConv2d.*finite statistics"):
+        netdeconv.calibrate(model, bad)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    spare = nn.ModuleDict({"used": model, "spare": netdeconv.WhitenedLinear(2, 2)})
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(StatisticsError, match="got none at WhitenedLinear"):
+        netdeconv.calibrate(spare, batches(), call=lambda model, batch: model["used"](batch))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_channel_whitening_is_calibrated_too() -> None:
+    for shape in [(8, 3), (2, 3, 4), (2, 3, 2, 2)]:
+        layer = netdeconv.ChannelWhitening(3, whitening=WhiteningConfig(solver="eigh"), dtype=torch.float64)
+        x = torch.randn(shape, dtype=torch.float64) @ torch.eye(shape[-1], dtype=torch.float64) + 2
+        netdeconv.calibrate(layer, x).eval()
+        white = layer(x).movedim(1, -1).reshape(-1, 3)
+        torch.testing.assert_close(white.mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-9, rtol=0)

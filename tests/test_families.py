@@ -1,0 +1,90 @@
+"""Whole networks of torchvision and timm: converted, trained a step, fused, compiled, and preserved."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import netdeconv
+from families import FAMILIES
+from netdeconv import WhiteningConfig
+from netdeconv.nn.layer import WhitenedLayer
+from netdeconv.surgery.batches import max_relative_error, tensors_of
+from small_networks import batch_norms, randomise_statistics
+
+FUSED_TOLERANCE = 1e-4  # float32: evaluation and the fused network sum in the same order, up to the runtime's choice
+PRESERVED_TOLERANCE = 1e-3  # float32, some ten layers deep, each amplifying rounding by at most the root's condition
+
+# Small blocks and few samples: what is tested is the surgery, not the roots.
+SMALL = WhiteningConfig(block_size=16, max_samples=256)
+NO_BATCH_NORM = {"timm_vit", "timm_convnext"}
+# Compiling takes seconds each; these have every kind of replaced module between them.
+COMPILED = {"resnet18", "timm_resnetv2"}
+AUXILIARY = {"googlenet", "inception_v3"}  # heads that run in training only
+
+
+def build(name: str) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    make, size = FAMILIES[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchvision and timm deprecate their own arguments
+        model = randomise_statistics(make())
+    return model, torch.randn(2, 3, size, size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_from_scratch(name: str) -> None:
+    model, x = build(name)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    plan = netdeconv.plan_conversion(model)
+    converted = netdeconv.convert(model, SMALL)
+
+    assert bool(batch_norms(model)) == (name not in NO_BATCH_NORM)
+    assert ("no batch norm to remove" in str(plan)) == (name in NO_BATCH_NORM)
+    assert not batch_norms(converted)
+    assert not plan.batch_norms_left
+    assert {type(module) for module in converted.modules()}.isdisjoint({nn.Conv2d, nn.Linear})
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+    converted.train()
+    sum(tensor.square().mean() for tensor in tensors_of(converted(x))).backward()
+    lacking = [key for key, p in converted.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not lacking
+
+    converted.eval()
+    fused = netdeconv.fuse(converted)
+    assert not any(isinstance(module, WhitenedLayer) for module in fused.modules())
+    assert netdeconv.check_fused(converted, fused, x, tolerance=FUSED_TOLERANCE) <= FUSED_TOLERANCE
+    with torch.no_grad():
+        expected = converted(x)
+        assert max(float(tensor.std()) for tensor in tensors_of(expected)) > 0
+        assert max_relative_error(copy.deepcopy(converted)(x), expected) == 0
+        if name in COMPILED:
+            compiled = torch.compile(converted, backend="eager")
+            assert max_relative_error(compiled(x), expected) <= FUSED_TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - NO_BATCH_NORM))
+def test_preserved(name: str) -> None:
+    model, x = build(name)
+    model.eval()
+    data = [torch.randn_like(x) for _ in range(2)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        converted = netdeconv.convert(model, SMALL, preserve=data)
+
+    assert [str(warning.message) for warning in caught if "never reach" not in str(warning.message)] == []
+    assert bool(caught) == (name in AUXILIARY)
+    assert not batch_norms(converted)
+    assert sum(isinstance(module, WhitenedLayer) for module in converted.modules()) > 5
+    with torch.no_grad():
+        assert max_relative_error(converted(x), model(x)) <= PRESERVED_TOLERANCE
+        fused = netdeconv.fuse(converted)
+        assert max_relative_error(fused(x), model(x)) <= PRESERVED_TOLERANCE
