@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["FoldCache"]
 
 Folded = tuple["Tensor", "Tensor"]
+Mark = tuple["Tensor", int, "Tensor"]
 
 
 class FoldCache:
@@ -28,8 +29,7 @@ class FoldCache:
     """
 
     def __init__(self) -> None:
-        self._made_of: list[tuple[Tensor, int, Tensor]] = []
-        self._folded: Folded | None = None
+        self._kept: tuple[list[Mark], Folded] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FoldCache, ()
@@ -38,34 +38,39 @@ class FoldCache:
         """``compute()``, or what it returned last time if none of ``made_of`` has changed since."""
         if not all(_can_be_watched(tensor) for tensor in made_of):
             return compute()
-        prints = [_fingerprint(tensor) for tensor in made_of]
-        if self._folded is None or not self._unchanged(made_of, prints):
-            # Aliases, so that their memory cannot be given to another tensor meanwhile.
-            self._made_of = [
-                (tensor.detach(), tensor._version, mark) for tensor, mark in zip(made_of, prints, strict=True)
-            ]
-            self._folded = compute()
-        return self._folded
+        kept, prints = self._kept, [_fingerprint(tensor) for tensor in made_of]
+        if kept is not None and _unchanged(made_of, prints, kept[0]):
+            return kept[1]
+        # Aliases, so that their memory cannot be given to another tensor meanwhile.
+        marks = [(tensor.detach(), tensor._version, seen) for tensor, seen in zip(made_of, prints, strict=True)]
+        folded = compute()
+        self._kept = marks, folded  # both at once, for other threads and in case compute() fails
+        return folded
 
-    def _unchanged(self, made_of: Sequence[Tensor], prints: Sequence[Tensor]) -> bool:
-        return len(made_of) == len(self._made_of) and all(
-            now.data_ptr() == then.data_ptr()
-            and now.shape == then.shape
-            and now.dtype == then.dtype
-            and now.stride() == then.stride()
-            and now._version == version
-            and torch.equal(mark_now, mark)
-            for now, mark_now, (then, version, mark) in zip(made_of, prints, self._made_of, strict=True)
-        )
+
+def _unchanged(made_of: Sequence[Tensor], prints: Sequence[Tensor], marks: Sequence[Mark]) -> bool:
+    return len(made_of) == len(marks) and all(
+        now.data_ptr() == then.data_ptr()
+        and now.shape == then.shape
+        and now.dtype == then.dtype
+        and now.stride() == then.stride()
+        and now._version == version
+        and torch.equal(seen_now, seen)
+        for now, seen_now, (then, version, seen) in zip(made_of, prints, marks, strict=True)
+    )
 
 
 def _can_be_watched(tensor: Tensor) -> bool:
-    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
-    return plain and tensor.device.type == "cpu" and not tensor.is_inference()
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_inference()
+    # Inside torch.func.vmap and its like a tensor has no memory of its own to look at.
+    return plain and tensor.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:
-    """One number per row. NaN is never equal to itself, so weights with NaN are folded every time."""
-    rows = tensor.detach().reshape(len(tensor), -1)
+    """One number per row, in float32 at least. NaN is never equal to itself: weights with NaN are always folded."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    rows = tensor.detach().reshape(len(tensor), -1).to(dtype)
     # A low-discrepancy sequence: fixed, cheap, and without a pattern that weights might share.
-    return rows @ torch.arange(1, rows.shape[1] + 1, dtype=torch.float64).mul_(0.6180339887498949).frac_().to(rows.dtype)
+    vector = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64).mul_(0.6180339887498949).frac_()
+    with torch.autocast("cpu", enabled=False):
+        return rows @ vector.to(dtype)

@@ -1,0 +1,153 @@
+"""Folding: the plain layer with folded parameters equals whitening the patches and then applying the layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from netdeconv import reference as ref
+from netdeconv.functional import Blocks, Window, fold
+
+DRAWS = settings(deadline=None, derandomize=True, max_examples=60)
+
+# float64, sums of at most a few hundred products of numbers of order one.
+TIGHT: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-11}
+
+LINEAR = Window()
+SQUARE = Window((2, 3), (1, 1), (1, 1), ((0, 0), (0, 0)))
+PIXEL = Window((1,), (1,), (1,), ((0, 0),))
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def symmetric(a: Tensor) -> Tensor:
+    return (a + a.mT) / 2
+
+
+def drawn_state(blocks: Blocks, seed: int = 1) -> tuple[Tensor, tuple[Tensor, ...]]:
+    mean = randn(*blocks.mean_shape, seed=seed)
+    return mean, tuple(symmetric(randn(*shape, seed=seed + 1 + i)) for i, shape in enumerate(blocks.root_shapes))
+
+
+def identity_state(blocks: Blocks) -> tuple[Tensor, tuple[Tensor, ...]]:
+    roots = (torch.eye(shape[-1], dtype=torch.float64).expand(shape) for shape in blocks.root_shapes)
+    return torch.zeros(blocks.mean_shape, dtype=torch.float64), tuple(roots)
+
+
+def test_by_hand() -> None:
+    # y = (x - mean) D w + b with mean (1, 2), D = [[2, 1], [1, 3]], w = (10, 1), b = 0.5:
+    # D w = (21, 13), b - mean D w = 0.5 - 47 = -46.5.
+    blocks = Blocks.plan(2, LINEAR, 1, 64, "contiguous")
+    root = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+    weight, bias = fold(torch.tensor([[10.0, 1.0]]), torch.tensor([0.5]), torch.tensor([1.0, 2.0]), [root], blocks)
+    assert weight.tolist() == [[21, 13]]
+    assert bias.tolist() == [-46.5]
+
+
+def test_a_smaller_last_block_by_hand() -> None:
+    blocks = Blocks.plan(3, LINEAR, 1, 2, "contiguous")
+    roots = [torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.tensor([[5.0]])]
+    weight, bias = fold(torch.tensor([[10.0, 1.0, 2.0]]), None, torch.tensor([1.0, 2.0, 3.0]), roots, blocks)
+    assert weight.tolist() == [[21, 13, 10]]
+    assert bias.tolist() == [-77]
+
+
+@pytest.mark.parametrize("grouping", ["contiguous", "interleaved"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_identity_and_zero_change_nothing_at_all(groups: int, grouping: str) -> None:
+    blocks = Blocks.plan(6, SQUARE, groups, 2, grouping)
+    weight, bias = randn(4, 6 // groups, 2, 3), randn(4, seed=1)
+    folded, shifted = fold(weight, bias, *identity_state(blocks), blocks)
+    assert torch.equal(folded, weight)
+    assert torch.equal(shifted, bias)
+    assert torch.equal(fold(weight, None, *identity_state(blocks), blocks)[1], torch.zeros_like(bias))
+
+
+@DRAWS
+@given(
+    groups=st.integers(1, 3),
+    per_group=st.integers(1, 5),
+    out_per_group=st.integers(1, 3),
+    block_size=st.integers(1, 6),
+    window=st.sampled_from([PIXEL, SQUARE]),
+    grouping=st.sampled_from(["contiguous", "interleaved"]),
+    with_bias=st.booleans(),
+)
+def test_it_equals_whitening_the_patches(
+    groups: int, per_group: int, out_per_group: int, block_size: int, window: Window, grouping: str, with_bias: bool
+) -> None:
+    blocks = Blocks.plan(groups * per_group, window, groups, block_size, grouping)
+    mean, roots = drawn_state(blocks)
+    weight = randn(groups * out_per_group, per_group, *window.kernel_size, seed=8)
+    bias = randn(groups * out_per_group, seed=9) if with_bias else None
+    x = randn(2, groups * per_group, *(3, 4)[: len(window.kernel_size)])
+    folded, shifted = fold(weight, bias, mean, roots, blocks)
+    conv: Any = F.conv1d if window is PIXEL else F.conv2d
+    expected = ref.deconvolve(
+        x,
+        weight,
+        bias,
+        mean,
+        roots[0],
+        D_rest=roots[1] if len(roots) > 1 else None,
+        grouping=grouping,
+        groups=groups,
+        padding=1,
+    )
+    assert folded.shape == weight.shape
+    assert shifted.shape == (weight.shape[0],)
+    torch.testing.assert_close(conv(x, folded, shifted, padding=1, groups=groups), expected, **TIGHT)
+
+
+def test_the_published_linear_layer() -> None:
+    blocks = Blocks.plan(6, LINEAR, 1, 2, "interleaved")
+    mean, roots = drawn_state(blocks)
+    weight, bias, x = randn(3, 6), randn(3, seed=5), randn(4, 6, seed=6)
+    expected = ((x.reshape(-1, 2) - mean) @ roots[0]).reshape(4, 6) @ weight.T + bias
+    torch.testing.assert_close(F.linear(x, *fold(weight, bias, mean, roots, blocks)), expected, **TIGHT)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_is_folded_in_float32(kind: torch.dtype) -> None:
+    blocks = Blocks.plan(6, SQUARE, 1, 4, "contiguous")
+    mean, roots = drawn_state(blocks)
+    weight, bias = randn(4, 6, 2, 3).to(kind), randn(4, seed=1).to(kind)
+    low = fold(weight, bias, mean.to(kind), [root.to(kind) for root in roots], blocks)
+    high = fold(weight.float(), bias.float(), mean.to(kind).float(), [root.to(kind).float() for root in roots], blocks)
+    for mine, known in zip(low, high, strict=True):
+        assert mine.dtype == kind
+        assert torch.equal(mine, known.to(kind))
+
+
+def test_autocast_does_not_reach_it() -> None:
+    blocks = Blocks.plan(4, SQUARE, 2, 2, "contiguous")
+    mean, roots = drawn_state(blocks)
+    weight, bias = randn(4, 2, 2, 3).float(), randn(4, seed=1).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = fold(weight, bias, mean, roots, blocks)
+    plain = fold(weight, bias, mean, roots, blocks)
+    assert all(torch.equal(a, b) for a, b in zip(cast, plain, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("groups", "block_size", "grouping"), [(1, 2, "contiguous"), (2, 64, "contiguous"), (1, 1, "interleaved")]
+)
+def test_the_gradient_is_right(groups: int, block_size: int, grouping: str) -> None:
+    blocks = Blocks.plan(2 * groups + 1 if groups == 1 else 4, PIXEL, groups, block_size, grouping)
+    mean, roots = drawn_state(blocks)
+    weight = randn(2, math.prod(blocks.mean_shape) // groups if not blocks.pool_mean else blocks.channels, 1)
+    leaves = [value.requires_grad_() for value in (weight, randn(2, seed=3), mean, *roots)]
+
+    def run(weight: Tensor, bias: Tensor, mean: Tensor, *roots: Tensor) -> tuple[Tensor, Tensor]:
+        return fold(weight, bias, mean, [symmetric(root) for root in roots], blocks)
+
+    assert torch.autograd.gradcheck(run, leaves)

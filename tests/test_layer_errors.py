@@ -1,0 +1,139 @@
+"""Errors of the layers: each says what was expected, what came, where, and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from netdeconv import (
+    ChannelWhitening,
+    ShapeError,
+    StatisticsError,
+    WhitenedConv1d,
+    WhitenedConv2d,
+    WhitenedConv3d,
+    WhitenedLinear,
+)
+
+
+@pytest.mark.parametrize(
+    ("layer", "size", "where", "expected"),
+    [
+        (WhitenedConv1d(4, 6, 3), (2, 5, 9), r"WhitenedConv1d\(4, 6, kernel_size=3\)", r"\(N, 4, L\) or \(4, L\)"),
+        (WhitenedConv2d(4, 6, 3), (2, 5, 9, 9), r"WhitenedConv2d\(4, 6, kernel_size=3\)", r"\(N, 4, H, W\)"),
+        (WhitenedConv2d(4, 6, 3), (5, 9, 9), r"WhitenedConv2d", r"\(N, 4, H, W\) or \(4, H, W\)"),
+        (
+            WhitenedConv3d(4, 6, (1, 2, 3)),
+            (2, 5, 9, 9, 9),
+            r"WhitenedConv3d\(4, 6, kernel_size=\(1, 2, 3\)\)",
+            "D, H, W",
+        ),
+        (WhitenedLinear(4, 6), (2, 5), r"WhitenedLinear\(4, 6\)", r"\(\*, 4\)"),
+        (ChannelWhitening(4), (2, 5, 9), r"ChannelWhitening\(4\)", r"\(N, 4\) up to \(N, 4, D, H, W\)"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_a_wrong_number_of_channels(layer: nn.Module, size: tuple[int, ...], where: str, expected: str) -> None:
+    got = str(size).replace("(", r"\(").replace(")", r"\)")
+    match = rf"^{where}.*: expected x of shape .*{expected}.*, got {got} with 5 channels\. Pass 4 channels, or build"
+    for mode in (True, False):
+        with pytest.raises(ShapeError, match=match):
+            layer.train(mode)(torch.zeros(size))
+
+
+@pytest.mark.parametrize(
+    ("layer", "size", "advice"),
+    [
+        (WhitenedConv1d(4, 6, 3), (4,), r"x\.unsqueeze\(0\)"),
+        (WhitenedConv1d(4, 6, 3), (2, 4, 9, 9), r"use the layer for this number of dimensions"),
+        (WhitenedConv2d(4, 6, 3), (4, 9), r"x\.unsqueeze\(0\)"),
+        (WhitenedConv2d(4, 6, 3), (1, 2, 4, 9, 9), r"use the layer"),
+        (WhitenedConv3d(4, 6, 3), (9, 9, 9), r"x\.unsqueeze\(0\)"),
+        (ChannelWhitening(4), (4,), r"pass x\.unsqueeze\(0\)"),
+        (ChannelWhitening(4), (1, 4, 1, 1, 1, 1), r"up to \(N, 4, D, H, W\)"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_a_wrong_number_of_dimensions(layer: nn.Module, size: tuple[int, ...], advice: str) -> None:
+    match = rf"^{type(layer).__name__}\(4.*expected x of shape .* with {len(size)} dimensions"
+    with pytest.raises(ShapeError, match=match) as caught:
+        layer(torch.zeros(size))
+    assert caught.match(advice)
+
+
+def test_a_scalar_is_no_row_of_features() -> None:
+    with pytest.raises(ShapeError, match=r"^WhitenedLinear\(4, 6\): expected x of shape \(\*, 4\), got a scalar"):
+        WhitenedLinear(4, 6)(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("layer", [WhitenedConv2d(4, 6, 3), WhitenedLinear(4, 6), ChannelWhitening(4)])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int64, torch.bool, torch.complex64])
+def test_input_that_is_not_floating_point(layer: nn.Module, kind: torch.dtype) -> None:
+    match = (
+        rf"^{type(layer).__name__}\(4.*expected floating point input, got {kind}\. Convert it first, e\.g\. x\.float"
+    )
+    with pytest.raises(TypeError, match=match):
+        layer(torch.zeros(2, 4, 9, 9).to(kind))
+
+
+@pytest.mark.parametrize(
+    ("channels", "out", "groups", "which"), [(4, 6, 3, "in"), (6, 4, 3, "out"), (4, 4, 0, "in"), (4, 4, -1, "in")]
+)
+def test_groups_that_do_not_divide_the_channels(channels: int, out: int, groups: int, which: str) -> None:
+    match = (
+        rf"^WhitenedConv2d\({channels}, {out}, kernel_size=3\): expected groups >= 1 that divide {which}_channels=\d, "
+        rf"got groups={groups}\. Use a divisor of both in_channels={channels} and out_channels={out}"
+    )
+    with pytest.raises(ShapeError, match=match):
+        WhitenedConv2d(channels, out, 3, groups=groups)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: WhitenedConv2d(0, 4, 3), lambda: WhitenedLinear(0, 4), lambda: ChannelWhitening(0)]
+)
+def test_no_channels(make: Any) -> None:
+    with pytest.raises(ShapeError, match=r"expected (in_channels|in_features|num_channels) >= 1, got 0"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (WhitenedConv1d(4, 6, 3), torch.zeros(2, 4, 9)),
+        (WhitenedConv2d(4, 6, 3), torch.zeros(2, 4, 9, 9)),
+        (WhitenedConv3d(4, 6, 3), torch.zeros(2, 4, 9, 9, 9)),
+        (WhitenedLinear(4, 6), torch.zeros(2, 4)),
+        (ChannelWhitening(4), torch.zeros(2, 4)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_evaluation_before_any_training_step(layer: nn.Module, x: Tensor) -> None:
+    match = (
+        rf"^{type(layer).__name__}\(4.*: expected whitening statistics from at least one training step, got none so "
+        r"far\. Run some batches in training mode first \(model\.train\(\)\), or load a trained state dict"
+    )
+    with pytest.raises(StatisticsError, match=match):
+        layer.eval()(x)
+
+
+def test_folding_before_any_training_step() -> None:
+    with pytest.raises(StatisticsError, match="got none so far"):
+        WhitenedConv2d(4, 6, 3).folded()
+
+
+def test_a_map_that_the_window_does_not_fit_is_refused_and_not_counted() -> None:
+    layer = WhitenedConv2d(4, 6, 3)
+    for size in ((2, 4, 2, 9), (4, 1, 1), (2, 4, 0, 0)):
+        got = str(size).replace("(", r"\(").replace(")", r"\)")
+        match = (
+            r"^WhitenedConv2d\(4, 6, kernel_size=3\): expected x of shape \(N, 4, H, W\) or \(4, H, W\) with a map of "
+            rf"at least \(3, 3\), got {got}\. Pass a larger map, or raise the padding"
+        )
+        with pytest.raises(ShapeError, match=match):
+            layer(torch.zeros(size))
+    assert int(layer.whitening.num_steps) == 0
+    with pytest.raises(ShapeError, match=r"a map of at least \(1, 5\), got"):
+        WhitenedConv2d(4, 6, (1, 3), padding=(1, 0), dilation=2)(torch.zeros(2, 4, 3, 4))

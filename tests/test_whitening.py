@@ -1,0 +1,360 @@
+"""What a whitening remembers: averages worked out by hand, counters, and what leaves them alone."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from netdeconv import (
+    ChannelWhitening,
+    NonFiniteWarning,
+    StatisticsError,
+    WhitenedConv2d,
+    WhitenedLinear,
+    WhiteningConfig,
+    freeze,
+    unfreeze,
+)
+from netdeconv.functional import Window, inverse_sqrt, patch_moments, spread_patches
+from netdeconv.nn import Whitening
+
+# float64, at most a hundred blends of numbers of order one.
+TIGHT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
+PLAIN = WhiteningConfig(eps=0.0, solver="newton_schulz")  # exact on a single number
+
+
+class InCompiler:
+    """torch as a traced function sees it. Patched into our module only: the compiler keeps what it finds in torch."""
+
+    compiler = types.SimpleNamespace(is_compiling=lambda: True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def close(actual: Any, expected: Any, **tolerance: Any) -> None:
+    actual, expected = (torch.as_tensor(value, dtype=torch.float64) for value in (actual, expected))
+    torch.testing.assert_close(actual, expected, **(tolerance or TIGHT))
+
+
+def number(mean: float, deviation: float) -> Tensor:
+    """A batch of one feature with this mean and deviation; with eps = 0 its root is 1 / deviation exactly."""
+    return torch.tensor([[mean - deviation], [mean + deviation]], dtype=torch.float64)
+
+
+def one_feature(config: WhiteningConfig) -> Whitening:
+    return Whitening(1, Window(), config=config, dtype=torch.float64, label="here")
+
+
+def batches(count: int) -> list[tuple[float, float]]:
+    """Mean and deviation of every batch, all different."""
+    return [(3.0 + (7 * step) % 11, 1.0 + (5 * step) % 13) for step in range(count)]
+
+
+def remembered(whitening: Whitening) -> tuple[float, float]:
+    return float(whitening.running_mean), float(whitening.running_root)
+
+
+# ---- averages ---------------------------------------------------------------------------------------
+
+
+def test_the_first_refreshes_by_hand() -> None:
+    whitening = one_feature(PLAIN)
+    whitening(number(10, 2))
+    close(remembered(whitening), (10, 1 / 2))
+    whitening(number(20, 4))  # weights 0.9 * 0.1 and 0.1, that is 9 : 10
+    close(remembered(whitening), ((9 * 10 + 10 * 20) / 19, (9 / 2 + 10 / 4) / 19))
+    assert (int(whitening.num_steps), int(whitening.num_updates), int(whitening.last_update)) == (2, 2, 2)
+
+
+def average(values: list[float], momentum: float | None, debias: bool, start: float) -> float:
+    """The value of every step weighted by ``momentum * (1 - momentum)**age``, or all alike without a momentum."""
+    if momentum is None:
+        return sum(values) / len(values)
+    weights = [momentum * (1 - momentum) ** (len(values) - 1 - step) for step in range(len(values))]
+    seen = sum(weight * value for weight, value in zip(weights, values, strict=True))
+    return seen / sum(weights) if debias else seen + (1 - sum(weights)) * start
+
+
+@pytest.mark.parametrize("update_every", [1, 4, 16])
+@pytest.mark.parametrize("momentum", [0.1, 0.5, 1, None])
+@pytest.mark.parametrize("debias", [True, False])
+def test_averages_live_in_steps(update_every: int, momentum: float | None, debias: bool) -> None:
+    whitening = one_feature(PLAIN.replace(update_every=update_every, momentum=momentum, debias=debias))
+    means: list[float] = []
+    roots: list[float] = []  # every step counts with the root of the refresh that it waited for
+    waiting = 0
+    for mean, deviation in batches(75):
+        due = whitening.clock.due
+        whitening(number(mean, deviation))
+        means.append(mean)
+        waiting += 1
+        if due:
+            roots += [1 / deviation] * waiting
+            waiting = 0
+        expected = average(means, momentum, debias, 0), average(roots, momentum, debias, 1)
+        close(remembered(whitening), expected)
+    assert (int(whitening.num_updates) < 75) == (update_every > 1)
+
+
+@pytest.mark.parametrize(("debias", "first"), [(True, (10, 0.5)), (False, (0, 1))])
+def test_momentum_zero_keeps_the_start(debias: bool, first: tuple[float, float]) -> None:
+    whitening = one_feature(PLAIN.replace(momentum=0, debias=debias))
+    for mean, deviation in [(10.0, 2.0), *batches(20)]:
+        whitening(number(mean, deviation))
+        close(remembered(whitening), first)
+
+
+def test_ordinary_steps_use_their_own_mean_and_the_last_root_and_evaluation_the_averages() -> None:
+    whitening = one_feature(PLAIN.replace(update_every=2))
+    for mean, deviation in batches(17):
+        used, (root,) = whitening(number(mean, deviation))
+        close((float(used), float(root)), (mean, 1 / deviation))
+    before = remembered(whitening)
+    used, (root,) = whitening(number(-7, 1e6))  # step 17: no refresh of the root
+    close((float(used), float(root)), (-7, 1 / deviation))
+    assert remembered(whitening)[0] != before[0]
+    assert remembered(whitening)[1] == before[1]
+    used, (root,) = whitening.eval()(number(-1e6, 1e6))
+    assert (float(used), float(root)) == remembered(whitening)
+
+
+# ---- what a refresh looks at -------------------------------------------------------------------------
+
+
+def test_every_refresh_looks_at_other_positions_for_the_root_and_at_all_for_the_mean() -> None:
+    config = WhiteningConfig(max_samples=40, momentum=1, update_every=1)
+    window = Window((2,), (1,), (1,), ((0, 0),))
+    whitening = Whitening(2, window, config=config, dtype=torch.float64)
+    x = torch.randn(3, 2, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).cumsum(-1)
+    covs = []
+    for turn in range(3):
+        whitening(x)
+        sample = spread_patches(x, window, sampling_stride=3, max_samples=40, turn=torch.tensor(turn))
+        cov = patch_moments(sample.rows, whitening.blocks, sample.weights).covs[0]
+        close(whitening.running_root, inverse_sqrt(cov + config.eps * torch.eye(4, dtype=torch.float64)))
+        close(whitening.running_mean, patch_moments(spread_patches(x, window).rows, whitening.blocks).mean)
+        covs.append(cov)
+    assert not torch.equal(covs[0], covs[1])
+    assert not torch.equal(covs[1], covs[2])
+
+
+def test_the_published_grid_gives_the_mean_too() -> None:
+    window = Window((1,), (1,), (1,), ((0, 0),))
+    whitening = Whitening(1, window, config=WhiteningConfig.paper(momentum=1, eps=0.0), dtype=torch.float64)
+    whitening(torch.arange(8.0, dtype=torch.float64).reshape(2, 1, 4))  # of the row 0, 1, ..., 7 every third
+    close(remembered(whitening), (3, 6**-0.5))
+
+
+def test_eps_is_added_to_the_diagonal_of_every_part() -> None:
+    whitening = Whitening(3, Window(), config=WhiteningConfig(block_size=2, eps=0.25, solver="eigh"))
+    whitening(torch.ones(4, 3))
+    close(whitening.running_root, 2 * torch.eye(2), rtol=1e-6, atol=1e-6)
+    close(whitening.running_root_rest, [[2.0]], rtol=1e-6, atol=1e-6)
+
+
+# ---- buffers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("channels", "groups", "config", "mean", "roots"),
+    [
+        (6, 1, WhiteningConfig(), (54,), [(54, 54)]),
+        (5, 1, WhiteningConfig(block_size=2), (45,), [(18, 18), (9, 9)]),
+        (6, 2, WhiteningConfig(block_size=2), (54,), [(2, 18, 18), (2, 9, 9)]),
+        (6, 6, WhiteningConfig(), (54,), [(6, 9, 9)]),
+        (6, 1, WhiteningConfig.paper(block_size=4), (18,), [(18, 18)]),
+        (6, 2, WhiteningConfig.paper(), (54,), [(2, 27, 27)]),
+    ],
+)
+def test_buffers_start_at_zero_and_identity(
+    channels: int, groups: int, config: WhiteningConfig, mean: tuple[int, ...], roots: list[tuple[int, ...]]
+) -> None:
+    layer = WhitenedConv2d(channels, 6, 3, groups=groups, whitening=config)
+    state = layer.whitening.state_dict()
+    kinds = ("running",) if config.update_every == 1 else ("running", "last")
+    names = {
+        f"{kind}_{name}": shape for kind in kinds for name, shape in zip(("root", "root_rest"), roots, strict=False)
+    }
+    assert set(state) == {"running_mean", *names, "num_updates", "num_steps", "last_update", "num_skipped"}
+    assert torch.equal(state["running_mean"], torch.zeros(mean))
+    for name, shape in names.items():
+        assert torch.equal(state[name], torch.eye(shape[-1]).expand(shape))
+    for name in ("num_updates", "num_steps", "last_update", "num_skipped"):
+        assert state[name].dtype == torch.int64
+        assert state[name] == 0
+
+
+def test_reset_forgets_everything() -> None:
+    whitening = Whitening(5, Window(), config=WhiteningConfig(block_size=2, update_every=16))
+    start = {name: value.clone() for name, value in whitening.state_dict().items()}
+    for step in range(20):
+        whitening(torch.randn(7, 5, generator=torch.Generator().manual_seed(step)))
+    assert not torch.equal(whitening.running_root, start["running_root"])
+    whitening.reset_statistics()
+    for name, value in whitening.state_dict().items():
+        assert torch.equal(value, start[name]), name
+    assert whitening.clock.due
+    with pytest.raises(StatisticsError, match="expected whitening statistics"):
+        whitening.eval()(torch.zeros(2, 5))
+
+
+def test_remembered_values_that_a_gradient_needs_are_copies() -> None:
+    whitening = one_feature(PLAIN.replace(momentum=1))
+    whitening(number(10, 2))
+    mean, (root,) = whitening.remembered()
+    whitening(number(20, 4))
+    close((float(mean), float(root)), (10, 0.5))
+    with torch.no_grad():
+        mean, (root,) = whitening.remembered()
+    assert mean is whitening.running_mean
+    assert root is whitening.running_root
+
+
+def test_there_is_nothing_to_use_before_the_first_step() -> None:
+    match = (
+        r"^here: expected whitening statistics from at least one training step, got none so far\. "
+        r"Run some batches in training mode first"
+    )
+    for whitening in (one_feature(PLAIN).eval(), freeze(one_feature(PLAIN))):
+        with pytest.raises(StatisticsError, match=match):
+            whitening(number(1, 1))
+    whitening = one_feature(PLAIN)
+    whitening(number(1, 1))
+    freeze(whitening)(number(5, 5))
+    whitening.eval()(number(5, 5))
+
+
+def test_values_written_from_outside_count_as_statistics() -> None:
+    whitening = one_feature(PLAIN).eval()
+    whitening.num_updates.fill_(1)
+    assert whitening(number(1, 1))[0].tolist() == [0]
+
+
+# ---- batches that must not count ----------------------------------------------------------------------
+
+
+def test_a_batch_that_is_not_finite_is_left_out_and_reported() -> None:
+    whitening = one_feature(PLAIN)
+    whitening(number(10, 2))
+    match = (
+        r"^here: expected finite input, got NaN or infinite values in 1 step\(s\)\. "
+        r"The remembered statistics were left as they were; look for"
+    )
+    for poison in (torch.nan, torch.inf, -torch.inf):
+        with pytest.warns(NonFiniteWarning, match=match):
+            mean, (root,) = whitening(number(poison, 2))
+        close((float(mean), float(root)), (10, 1 / 2))
+    assert (int(whitening.num_steps), int(whitening.num_updates), int(whitening.num_skipped)) == (4, 1, 3)
+    whitening(number(20, 4))  # stands for the four steps since the last refresh
+    mean = average([10, 10, 10, 10, 20], 0.1, True, 0)  # as if the steps left out had seen what was remembered
+    close(remembered(whitening), (mean, average([1 / 2, *[1 / 4] * 4], 0.1, True, 1)))
+
+
+def test_a_step_without_a_refresh_is_left_out_as_well() -> None:
+    whitening = one_feature(PLAIN.replace(update_every=2))
+    for step in range(17):
+        whitening(number(10, 2 + step % 2))
+    before = remembered(whitening)
+    with pytest.warns(NonFiniteWarning, match=r"in 1 step\(s\)"):
+        mean, (root,) = whitening(number(torch.nan, 3))
+    close((float(mean), float(root)), (10, 1 / 2))  # the mean remembered, the root of the last refresh
+    assert remembered(whitening) == before
+    assert (int(whitening.num_steps), int(whitening.num_updates), int(whitening.num_skipped)) == (18, 17, 1)
+
+
+def test_a_first_batch_that_is_not_finite_leaves_nothing_to_evaluate() -> None:
+    whitening = one_feature(PLAIN)
+    with pytest.warns(NonFiniteWarning, match="expected finite input"):
+        mean, (root,) = whitening(number(torch.nan, 1))
+    assert (float(mean), float(root)) == (0, 1)
+    with pytest.raises(StatisticsError, match="got none so far"):
+        whitening.eval()(number(1, 1))
+    whitening.train()(number(10, 2))
+    close(remembered(whitening), (10, 1 / 2))
+
+
+def test_reports_that_had_to_wait_come_when_the_mode_changes_and_only_once() -> None:
+    whitening = one_feature(PLAIN)
+    whitening(number(10, 2))
+    whitening.num_skipped.add_(3)  # as a step on an accelerator leaves it
+    with pytest.warns(NonFiniteWarning, match=r"in 3 step\(s\)"):
+        whitening.eval()
+    other = one_feature(PLAIN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whitening.train()
+        other.load_state_dict(whitening.state_dict())
+        other.eval()
+    assert int(other.num_skipped) == 3
+
+
+@pytest.mark.parametrize("update_every", [1, 2])
+def test_an_empty_batch_is_no_step(update_every: int) -> None:
+    whitening = one_feature(PLAIN.replace(update_every=update_every))
+    empty = torch.empty(0, 1, dtype=torch.float64)
+    mean, (root,) = whitening(empty)
+    assert (float(mean), float(root)) == (0, 1)
+    whitening(number(10, 2))
+    mean, (root,) = whitening(empty)
+    close((float(mean), float(root)), (10, 1 / 2))
+    assert (int(whitening.num_steps), int(whitening.num_updates), int(whitening.num_skipped)) == (1, 1, 0)
+    assert whitening.clock.steps == 1
+    close(remembered(whitening), (10, 1 / 2))
+
+
+# ---- the rest -----------------------------------------------------------------------------------------
+
+
+def test_what_a_compiled_step_does_is_what_an_eager_step_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, compiled = (Whitening(3, Window(), config=WhiteningConfig(max_samples=4)) for _ in range(2))
+    for step in range(40):
+        x = torch.randn(6, 3, generator=torch.Generator().manual_seed(step))
+        pair = eager(x)
+        with monkeypatch.context() as patch:
+            for module in ("schedule", "whitening"):
+                patch.setattr(f"netdeconv.nn.{module}.torch", InCompiler())
+            assert torch.equal(compiled(x)[0], pair[0])
+    for name, value in eager.state_dict().items():
+        assert torch.equal(compiled.state_dict()[name], value), name
+    assert compiled.clock.steps == 40
+
+
+def test_a_compiled_evaluation_before_any_step_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    whitening = one_feature(PLAIN).eval()
+    monkeypatch.setattr("netdeconv.nn.whitening.torch", InCompiler())
+    with pytest.raises(StatisticsError, match="got none so far"):
+        whitening(number(1, 1))
+
+
+def test_freeze_and_unfreeze_reach_every_whitening_of_a_model() -> None:
+    model = nn.Sequential(WhitenedLinear(3, 3), nn.Sequential(ChannelWhitening(3)), nn.Linear(3, 3))
+    inside = [module for module in model.modules() if isinstance(module, Whitening)]
+    assert len(inside) == 2
+    assert freeze(model) is model
+    assert [whitening.frozen for whitening in inside] == [True, True]
+    assert unfreeze(model) is model
+    assert [whitening.frozen for whitening in inside] == [False, False]
+
+
+def test_it_can_be_made_without_memory_and_filled_later() -> None:
+    trained = Whitening(5, Window(), config=WhiteningConfig(block_size=2))
+    for step in range(18):
+        trained(torch.randn(7, 5, generator=torch.Generator().manual_seed(step)))
+    empty = Whitening(5, Window(), config=WhiteningConfig(block_size=2), device="meta")
+    empty.eval()
+    empty.load_state_dict(trained.state_dict(), assign=True)
+    assert torch.equal(empty(torch.zeros(1, 5))[0], trained.running_mean)
+    assert empty.clock.steps == 18
+
+
+def test_it_is_described_by_what_is_not_default() -> None:
+    assert repr(Whitening(5, Window())) == "Whitening(5, linear)"
+    layer = WhitenedConv2d(4, 4, (1, 3), whitening=WhiteningConfig(eps=0.5, momentum=None))
+    assert repr(layer.whitening) == "Whitening(4, 1x3, eps=0.5, momentum=None)"
+    assert repr(ChannelWhitening(7)) == "ChannelWhitening(\n  7\n  (whitening): Whitening(7, 1)\n)"
