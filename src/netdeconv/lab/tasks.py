@@ -28,18 +28,27 @@ class Classification(LightningModule):
         classes: number of classes.
         rate: learning rate at the start.
         momentum, weight_decay: of SGD; the decay is on all parameters, as in the paper's code.
+        parts: what the evaluation loaders hold, in their order.
     """
 
     def __init__(
-        self, net: nn.Module, *, classes: int, rate: float, momentum: float = 0.9, weight_decay: float = 0.0
+        self,
+        net: nn.Module,
+        *,
+        classes: int,
+        rate: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        parts: tuple[str, ...] = PARTS,
     ) -> None:
         super().__init__()
         self.net = net
         self.rate = rate
         self.momentum = momentum
         self.weight_decay = weight_decay
+        self.parts = parts
         self.accuracy = nn.ModuleDict(
-            {part: MulticlassAccuracy(num_classes=classes, average="micro") for part in PARTS}
+            {part: MulticlassAccuracy(num_classes=classes, average="micro") for part in parts}
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,7 +62,7 @@ class Classification(LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         images, labels = batch
-        part = PARTS[dataloader_idx]
+        part = self.parts[dataloader_idx]
         outputs = self(images)
         metric = cast("MulticlassAccuracy", self.accuracy[part])
         metric.update(outputs, labels)
@@ -77,7 +86,8 @@ class RunRecord(Callback):
     optimiser and Lightning's own work around them; evaluation is not in it.
 
     Args:
-        images: what :func:`with_fresh_statistics` recomputes the statistics from after the first epoch.
+        images: what :func:`with_fresh_statistics` recomputes the statistics from after the first epoch; ``None`` to
+            leave that out.
         test: images and labels to measure that network's accuracy on.
 
     Attributes:
@@ -86,7 +96,7 @@ class RunRecord(Callback):
         fresh_accuracy: accuracy after the first epoch with recomputed statistics.
     """
 
-    def __init__(self, images: Tensor, test: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, images: Tensor | None = None, test: tuple[Tensor, Tensor] | None = None) -> None:
         self.images = images
         self.test = test
         self.fresh_accuracy = 0.0
@@ -105,7 +115,7 @@ class RunRecord(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for name, value in trainer.callback_metrics.items():
             self.curves.setdefault(name, []).append(float(value))
-        if trainer.current_epoch == 0:
+        if trainer.current_epoch == 0 and self.images is not None and self.test is not None:
             net = with_fresh_statistics(cast("Classification", pl_module).net, self.images)
             images, labels = self.test
             with torch.no_grad():

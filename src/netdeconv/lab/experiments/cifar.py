@@ -1,0 +1,169 @@
+"""CIFAR-10: the same network with batch normalisation, network deconvolution, and the published procedure."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+
+from netdeconv import ConfigError, WhiteningConfig, convert, zoo
+from netdeconv.lab.cifar import CIFAR10Data, data_root
+from netdeconv.lab.experiments.cifar_settings import METHODS, CifarSettings
+from netdeconv.lab.progress import Progress, quiet_lightning
+from netdeconv.lab.store import RunStore, code_fingerprint, versions, write_json
+from netdeconv.lab.tasks import Classification, RunRecord
+
+__all__ = ["run_cifar", "table"]
+
+_CODE = ("config.py", "functional", "nn", "zoo", "surgery/convert.py")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: which method, learning rate and seed."""
+
+    method: str
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.method}-rate{self.rate:g}-seed{self.seed}"
+
+
+def run_cifar(out: Path, settings: CifarSettings, *, show: bool = True) -> list[dict[str, Any]]:
+    """Train what is not finished yet.
+
+    Several processes may share ``out``, each with other methods, rates or seeds: finished runs are kept there, one
+    file each, and are not repeated while settings and code are the same.
+
+    Returns:
+        One entry for every run in ``settings``: method, rate, seed, and the numbers of the run.
+
+    Raises:
+        ConfigError: no data.
+    """
+    store, code = RunStore(out / "runs"), code_fingerprint(_CODE)
+    shared = {name: getattr(settings, name) for name in ("network", "width", "epochs", "batch_size", "weight_decay")}
+    identity = {**shared, "torch": torch.__version__, "code": code}
+    plan = [Run(*one) for one in itertools.product(settings.methods, settings.rates, range(settings.seeds))]
+    entries = []
+    data: CIFAR10Data | None = None
+    torch.set_num_threads(settings.threads)
+    found = {run: store.load(run.name, {**identity, **dataclasses.asdict(run)}) for run in plan}
+    done = sum(result is not None for result in found.values())
+    with quiet_lightning(), Progress(len(plan), done, show=show) as progress:
+        for run in plan:
+            result = found[run]
+            if result is None:
+                if data is None:
+                    data = CIFAR10Data(data_root(), settings.batch_size)
+                    data.setup()
+                result = _train(run, settings, data, progress)
+                store.save(run.name, {**identity, **dataclasses.asdict(run)}, result)
+                progress.end_run()
+            entries.append({**dataclasses.asdict(run), **result})
+            progress.say(_line(entries[-1]))
+    write_json(out / "cifar.json", {"settings": settings.as_dict(), "versions": versions(), "runs": entries})
+    return entries
+
+
+def network(method: str, settings: CifarSettings) -> nn.Module:
+    """The network for a method: as it is, converted, or converted by the published procedure.
+
+    Raises:
+        ConfigError: no such network.
+    """
+    try:
+        net = zoo.create(settings.network, num_classes=CIFAR10Data.classes, width=settings.width)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if method == "bn":
+        return net
+    return convert(net, _published if method == "paper" else None)
+
+
+def _published(path: str, layer: nn.Module) -> WhiteningConfig:
+    """The paper's blocks: 64 channels for convolutions, 512 features for linear layers."""
+    return WhiteningConfig.paper(block_size=512 if isinstance(layer, nn.Linear) else 64)
+
+
+def _train(run: Run, settings: CifarSettings, data: CIFAR10Data, progress: Progress) -> dict[str, Any]:
+    data.shuffle_seed = run.seed
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)
+        net = network(run.method, settings)
+        task = Classification(
+            net, classes=data.classes, rate=run.rate, weight_decay=settings.weight_decay, parts=("test",)
+        )
+        record = RunRecord()
+        progress.start_run(run.name, settings.epochs * len(data.train_dataloader()))
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=settings.epochs,
+            callbacks=[record, progress.callback()],
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        with _interruptible(trainer):
+            trainer.fit(task, datamodule=data)
+    seconds = record.step_seconds
+    return {
+        "curves": record.curves,
+        "steps": len(seconds),
+        "seconds_per_step": sum(seconds) / len(seconds),
+        "diverged": not all(map(math.isfinite, record.curves["train/loss"])),
+    }
+
+
+@contextlib.contextmanager
+def _interruptible(trainer: Trainer) -> Any:
+    """Pass Ctrl-C on, where Lightning would exit with code 1."""
+    try:
+        yield
+    except SystemExit:
+        if not trainer.interrupted:
+            raise
+        raise KeyboardInterrupt from None
+
+
+def _line(entry: dict[str, Any]) -> str:
+    accuracy = entry["curves"]["test/accuracy"][-1]
+    return (
+        f"{METHODS[entry['method']]}, rate {entry['rate']:g}, seed {entry['seed']}: "
+        f"test accuracy {100 * accuracy:.2f} %, "
+        f"{entry['seconds_per_step']:.3f} s per step"
+    )
+
+
+def table(entries: Iterable[dict[str, Any]]) -> str:
+    """Test accuracy after the last epoch, mean and deviation over the seeds, as a Markdown table."""
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for entry in entries:
+        groups.setdefault((entry["method"], entry["rate"]), []).append(entry)
+    lines = [
+        "| method | rate | seeds | test accuracy | train loss | s per step |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for (method, rate), runs in groups.items():
+        last = [100 * run["curves"]["test/accuracy"][-1] for run in runs]
+        loss = statistics.mean(run["curves"]["train/loss"][-1] for run in runs)
+        seconds = statistics.mean(run["seconds_per_step"] for run in runs)
+        spread = f" ± {statistics.stdev(last):.2f}" if len(last) > 1 else ""
+        lines.append(
+            f"| {METHODS[method]} | {rate:g} | {len(runs)} | {statistics.mean(last):.2f}{spread} % "
+            f"| {loss:.3f} | {seconds:.3f} |"
+        )
+    return "\n".join(lines)
