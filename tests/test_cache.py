@@ -73,6 +73,14 @@ def test_every_change_is_noticed(change: str, place: int, dtype: torch.dtype) ->
     assert each.times == 2
 
 
+def test_a_change_too_small_for_the_product_is_noticed_where_torch_counts_it() -> None:
+    each = Counted(torch.tensor([[1e8, 1e-3]]), torch.ones(1))
+    each.ask()
+    each.made_of[0][0, 1] = 2e-3
+    each.ask()
+    assert each.times == 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_small_changes_in_half_precision_are_noticed(dtype: torch.dtype) -> None:
     each = Counted(torch.ones(4, 3, 15, 15, dtype=dtype), torch.ones(4, dtype=dtype))

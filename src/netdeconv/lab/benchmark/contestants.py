@@ -1,0 +1,181 @@
+"""The networks that are compared, and the steps they are timed at."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import netdeconv
+from netdeconv import ConfigError, WhiteningConfig, zoo
+from netdeconv.lab.benchmark.settings import MemorySettings, StepSettings
+
+__all__ = ["CONTESTANTS", "Training", "device_of", "move_to_step", "network", "steady_step", "threads"]
+
+CONTESTANTS = {
+    "batchnorm": "BatchNorm",
+    "floor": "no normalisation",
+    "default": "default",
+    "paper": "published procedure",
+}
+
+# One batch of noise over and over would soon be learned, or diverge; a step of rate zero costs the same.
+_RATE, _MOMENTUM, _WEIGHT_DECAY = 0.0, 0.9, 5e-4
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def network(name: str, width: float = 1.0, classes: int = 10) -> nn.Module:
+    """A network of the zoo, or of torchvision as ``torchvision:NAME``, with new random weights.
+
+    Raises:
+        ConfigError: no such network, or a width that cannot apply.
+    """
+    library, _, known = name.rpartition(":")
+    try:
+        if not library:
+            return zoo.create(name, num_classes=classes, width=width)
+        if library != "torchvision":
+            raise ConfigError(f"expected a network of the zoo or torchvision:NAME, got {name!r}")
+        if width != 1:
+            raise ConfigError(f"width={width:g} cannot apply to {name}. Leave it out, or take a network of the zoo")
+        from torchvision.models import get_model
+
+        return get_model(known, weights=None, num_classes=classes)
+    except ValueError as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from None
+
+
+def contestant(kind: str, settings: MemorySettings) -> tuple[nn.Module, WhiteningConfig | None]:
+    """The network of this kind, one of :data:`CONTESTANTS`, and its whitening; always the same for one seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        base = network(settings.network, settings.width, settings.classes)
+    if kind == "batchnorm":
+        return base, None
+    if kind == "floor":
+        return _without_norms(base), None
+    config = WhiteningConfig.paper() if kind == "paper" else WhiteningConfig()
+    return netdeconv.convert(base, config), config
+
+
+def _without_norms(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, _BATCH_NORMS):
+                setattr(module, name, nn.Identity())
+    return model
+
+
+class Training:
+    """One contestant with optimizer and data, ready to be stepped.
+
+    Args:
+        kind: one of :data:`CONTESTANTS`.
+        settings: what to run.
+
+    Attributes:
+        period: steps from one refresh of the statistics to the next; 1 where all steps are alike.
+    """
+
+    def __init__(self, kind: str, settings: MemorySettings) -> None:
+        self.settings, self.kind = settings, kind
+        self.device = device_of(settings.device)
+        layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        model, config = contestant(kind, settings)
+        self.model = model.to(self.device).to(memory_format=layout)
+        self.period = 1 if config is None else config.update_every
+        draw = torch.Generator().manual_seed(settings.seed)
+        images = torch.randn(settings.batch, 3, settings.size, settings.size, generator=draw)
+        self.images = images.to(self.device).contiguous(memory_format=layout)
+        self.labels = torch.randint(settings.classes, (settings.batch,), generator=draw).to(self.device)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=_RATE, momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY
+        )
+        self.forward: Callable[[Tensor], Any] = self.model
+        if isinstance(settings, StepSettings) and settings.compile:
+            self.forward = torch.compile(self.model, mode=settings.compile_mode)
+        self.loss: Tensor | None = None
+
+    def step(self) -> None:
+        """Forward, backward, and one step of SGD with momentum and weight decay."""
+        loss = self.loss_of_batch()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss = loss.detach()
+
+    def loss_of_batch(self) -> Tensor:
+        """The forward part of the step."""
+        with self._autocast():
+            output = self.forward(self.images)
+        # torchvision's networks with several heads give the one of interest first, or as "logits"
+        output = output if isinstance(output, Tensor) else getattr(output, "logits", output[0])
+        return F.cross_entropy(output.float(), self.labels)
+
+    def evaluate(self) -> Tensor:
+        """One forward in evaluation mode; the caller has switched the mode."""
+        with torch.no_grad(), self._autocast():
+            return self.forward(self.images)
+
+    def make_next_step(self, *, refresh: bool) -> None:
+        """Put the clocks of all whitenings to steady state, where the next step refreshes or does not."""
+        self.start_at(0 if refresh else 1)
+
+    def start_at(self, steps: int) -> None:
+        """Put the clocks so many steps after (before, if negative) a refresh long after the dense ones."""
+        move_to_step(self.model, steady_step(self.period) + steps)
+
+    def refreshes(self) -> int:
+        """Refreshes of the statistics so far, of the layer that had most."""
+        state = self.model.state_dict()
+        return max((int(value) for name, value in state.items() if name.endswith("num_updates")), default=0)
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        half = self.settings.dtype == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
+
+
+def steady_step(period: int) -> int:
+    """A training step long after the dense refreshes of the start, and one that refreshes."""
+    return 1024 * period
+
+
+def move_to_step(model: nn.Module, step: int) -> None:
+    """Let every whitening inside the model take its next training step for this one, as if resumed there.
+
+    Goes the way of a resumed run, by the state dict, so that buffers and clocks agree.
+    """
+    state: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        if name.endswith("num_steps"):
+            last = name.removesuffix("num_steps") + "last_update"
+            state |= {name: torch.full_like(value, step), last: torch.full_like(value, max(0, step - 1))}
+    model.load_state_dict(state, strict=False)
+
+
+def device_of(name: str) -> torch.device:
+    """The device.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU here. Use --device cpu")
+    return torch.device(name)
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Compute with so many threads; ``None`` leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

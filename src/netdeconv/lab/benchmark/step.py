@@ -1,0 +1,188 @@
+"""The training step and the evaluation of whole networks: BatchNorm, none, the default, the published procedure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from netdeconv.lab.benchmark.contestants import CONTESTANTS, Training, device_of
+from netdeconv.lab.benchmark.memory import measure_in_fresh_process
+from netdeconv.lab.benchmark.record import Follower
+from netdeconv.lab.benchmark.settings import MemorySettings, StepSettings
+from netdeconv.lab.benchmark.timing import Contestant, Race, race, steady_plan
+from netdeconv.lab.report import Table
+
+__all__ = ["headline", "memory_tables", "run", "run_memory", "tables"]
+
+_MB = 1e6
+_BASE = "batchnorm"
+
+
+def run(settings: StepSettings, follow: Follower, result: dict[str, Any]) -> None:
+    """Time all contestants in turn, then their memory; fills ``result`` as it goes."""
+    device = device_of(settings.device)
+    follow.start("building the networks", len(CONTESTANTS))
+    contestants: dict[str, Training] = {}
+    for kind in CONTESTANTS:
+        contestants[kind] = Training(kind, settings)
+        follow.step()
+    _warm_up(contestants, settings, follow)
+    result["training"] = _training(contestants, settings, device, follow)
+    result["evaluation"] = _evaluation(contestants, settings, device, follow)
+    result["losses_finite"] = {
+        kind: training.loss is not None and math.isfinite(float(training.loss))
+        for kind, training in contestants.items()
+    }
+    contestants.clear()
+    if not settings.no_memory:
+        run_memory(settings, follow, result)
+
+
+def run_memory(settings: MemorySettings, follow: Follower, result: dict[str, Any]) -> None:
+    """Peak memory of every contestant, each in a fresh process."""
+    follow.start("memory", len(CONTESTANTS))
+    memory = result["memory"] = {}
+    for kind in CONTESTANTS:
+        memory[kind] = measure_in_fresh_process(kind, settings)
+        follow.step()
+    for kind in CONTESTANTS:
+        for what in ("peak", "saved"):
+            base = memory[_BASE][what]
+            memory[kind][f"{what}_ratio"] = memory[kind][what] / base if base else None
+
+
+def _warm_up(contestants: Mapping[str, Training], settings: StepSettings, follow: Follower) -> None:
+    """First steps, and what a compiler does; both kinds of steps for those that have two."""
+    follow.start("warm-up", len(contestants) * (1 + 2 * settings.warmup))
+    for training in contestants.values():
+        training.step()
+        follow.step()
+        for refresh in (True, False) * settings.warmup:
+            training.make_next_step(refresh=refresh)
+            training.step()
+            follow.step()
+
+
+def _training(
+    contestants: Mapping[str, Training], settings: StepSettings, device: torch.device, follow: Follower
+) -> dict[str, Any]:
+    period = max(training.period for training in contestants.values())
+    plan = steady_plan(settings.rounds, period)
+    on_gpu = device.type == "cuda"
+    for training in contestants.values():
+        training.start_at(-(period // 2))  # the refresh in the middle of each period, as planned
+    turn = period if on_gpu else 1
+    follow.start("training steps", len(contestants) * len(plan) // turn)
+    before = {kind: training.refreshes() for kind, training in contestants.items()}
+    found = race(
+        [Contestant(kind, training.step, training.period) for kind, training in contestants.items()],
+        plan,
+        device=device,
+        turn=turn,
+        seed=settings.seed,
+        tick=follow.step,
+    )
+    done = {kind: training.refreshes() - before[kind] for kind, training in contestants.items()}
+    return {**_times(found), "refreshes": done, "plan": list(plan)}
+
+
+def _evaluation(
+    contestants: Mapping[str, Training], settings: StepSettings, device: torch.device, follow: Follower
+) -> dict[str, Any]:
+    follow.start("evaluation", len(contestants) * (settings.eval_rounds + settings.warmup))
+    for training in contestants.values():
+        training.model.eval()
+        for _ in range(settings.warmup):
+            training.evaluate()
+            follow.step()
+    found = race(
+        [Contestant(kind, training.evaluate) for kind, training in contestants.items()],
+        (False,) * settings.eval_rounds,
+        device=device,
+        seed=settings.seed,
+        tick=follow.step,
+    )
+    return _times(found)
+
+
+def _times(found: Race) -> dict[str, Any]:
+    pairs = [(kind, _BASE) for kind in found.times if kind != _BASE] + [("paper", "default")]
+    return {
+        "contestants": {kind: found.summary(kind) for kind in found.times},
+        "ratios": {f"{a}/{b}": found.ratio(a, b) for a, b in pairs},
+        "seconds": {kind: list(seconds) for kind, seconds in found.times.items()},
+    }
+
+
+def tables(result: Mapping[str, Any]) -> dict[str, Table]:
+    """Tables by their headings, of what there is."""
+    found: dict[str, Table] = {}
+    if "training" in result:
+        part = result["training"]
+        rows = []
+        for kind, name in CONTESTANTS.items():
+            times = part["contestants"][kind]
+            split = [_ms(times[key]["median"]) if key in times else "" for key in ("ordinary", "refresh")]
+            rows.append((name, _ms(times["step"]), *split, *_against(part, kind)))
+        broken = [CONTESTANTS[kind] for kind, finite in result.get("losses_finite", {}).items() if not finite]
+        warning = f" (loss not finite, do not trust: {', '.join(broken)})" if broken else ""
+        rows.append(("published / default", "", "", "", *_ratio(part["ratios"]["paper/default"])))
+        found[f"Training step, ms{warning}"] = Table(
+            ("", "per step", "ordinary", "refresh", "/ BatchNorm", "95 % interval"), rows
+        )
+    if "evaluation" in result:
+        part = result["evaluation"]
+        rows = [
+            (name, _ms(part["contestants"][kind]["step"]), *_against(part, kind)) for kind, name in CONTESTANTS.items()
+        ]
+        found["Evaluation, ms"] = Table(("", "per batch", "/ BatchNorm", "95 % interval"), rows)
+    return {**found, **memory_tables(result)}
+
+
+def memory_tables(result: Mapping[str, Any]) -> dict[str, Table]:
+    """The table of memory, if it was measured to the end."""
+    memory = result.get("memory", {})
+    if any("peak_ratio" not in memory.get(kind, {}) for kind in CONTESTANTS):
+        return {}
+    rows = [
+        (
+            name,
+            f"{memory[kind]['peak'] / _MB:.1f}",
+            f"{memory[kind]['peak_ratio']:.3f}",
+            f"{memory[kind]['saved'] / _MB:.1f}",
+            f"{memory[kind]['saved_ratio']:.3f}",
+            f"{memory[kind]['model'] / _MB:.1f}",
+        )
+        for kind, name in CONTESTANTS.items()
+    ]
+    heading = f"Memory of a training step, MB (peak: {memory[_BASE]['how']})"
+    return {heading: Table(("", "peak", "/ BatchNorm", "kept for backward", "/ BatchNorm", "model"), rows)}
+
+
+def headline(settings: MemorySettings) -> str:
+    """What was run, in one line."""
+    width = f" at width {settings.width:g}" if settings.width != 1 else ""
+    compiled = (
+        f", compiled ({settings.compile_mode})" if isinstance(settings, StepSettings) and settings.compile else ""
+    )
+    layout = ", channels last" if settings.channels_last else ""
+    return (
+        f"{settings.network}{width}, batch {settings.batch}, 3x{settings.size}x{settings.size}, "
+        f"{settings.dtype}{layout}{compiled}"
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.1f}" if seconds < 10 else f"{1000 * seconds:.0f}"
+
+
+def _against(part: Mapping[str, Any], kind: str) -> Sequence[str]:
+    return ("1", "") if kind == _BASE else _ratio(part["ratios"][f"{kind}/{_BASE}"])
+
+
+def _ratio(ratio: Mapping[str, Any]) -> tuple[str, str]:
+    low, high = ratio["interval"]
+    return f"{ratio['value']:.3f}", f"{low:.3f} to {high:.3f}"
