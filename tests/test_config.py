@@ -150,7 +150,7 @@ def test_an_unknown_name_lists_the_known_and_guesses(
     name: str, value: Any, known: tuple[str, ...], hint: str | None
 ) -> None:
     names = ", ".join(repr(each) for each in known)
-    ending = "" if hint is None else rf" Did you mean '{hint}'\?"
+    ending = r" Choose one of them\." if hint is None else rf" Did you mean '{hint}'\?"
     match = rf"^WhiteningConfig: expected {name} one of {names}, got {value!r}\.{ending}$"
     with pytest.raises(ConfigError, match=match):
         WhiteningConfig(**{name: value})

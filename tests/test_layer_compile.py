@@ -142,3 +142,16 @@ def test_a_compiled_layer_leaves_out_what_is_not_finite(compiled: Any) -> None:
         assert torch.equal(before[name], layer.whitening.get_buffer(name))
     with pytest.warns(NonFiniteWarning, match=r"in 1 step\(s\)"):
         ours.eval()
+
+
+# torch's compiler looks at the gradient of an input that comes from another layer
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_many_layers_compiled_one_by_one_share_their_graphs() -> None:
+    """More layers than the compiler's limit of graphs for one piece of code."""
+    torch._dynamo.reset()
+    net = nn.Sequential(*[WhitenedLinear(4, 4) for _ in range(10)])
+    for layer in net:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    for _ in range(18):
+        net(torch.randn(8, 4))
+    assert all(layer.whitening.clock.steps == 18 for layer in net)

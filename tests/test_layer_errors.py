@@ -137,3 +137,22 @@ def test_a_map_that_the_window_does_not_fit_is_refused_and_not_counted() -> None
     assert int(layer.whitening.num_steps) == 0
     with pytest.raises(ShapeError, match=r"a map of at least \(1, 5\), got"):
         WhitenedConv2d(4, 6, (1, 3), padding=(1, 0), dilation=2)(torch.zeros(2, 4, 3, 4))
+
+
+def test_a_dtype_that_is_not_the_weights_is_refused_before_the_step_counts() -> None:
+    layer = WhitenedConv2d(3, 4, 3)
+    expected = r"expected input of dtype torch\.float32, that of the weight, got torch\.float64"
+    with pytest.raises(TypeError, match=expected):
+        layer(torch.randn(2, 3, 8, 8, dtype=torch.float64))
+    assert layer.whitening.num_steps == 0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(torch.randn(2, 3, 8, 8, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(("mode", "size"), [("reflect", 2), ("circular", 1)])
+def test_padding_that_needs_a_larger_map(mode: str, size: int) -> None:
+    layer = WhitenedConv2d(3, 4, 5, padding=2, padding_mode=mode)
+    with pytest.raises(ShapeError, match=r"a map larger than the padding .* Pass a larger map, or pad less"):
+        layer(torch.randn(2, 3, size, size))
+    assert layer.whitening.num_steps == 0
+    layer(torch.randn(2, 3, size + 1, size + 1))

@@ -435,3 +435,9 @@ def test_tiny_constant_and_zero_input_give_finite_output_and_gradient(solver: st
         assert bool(y.isfinite().all())
         assert leaf.grad is not None
         assert bool(leaf.grad.isfinite().all())
+
+
+def test_contiguous_input_gives_contiguous_output() -> None:
+    layer = ChannelWhitening(6)
+    assert layer(torch.randn(4, 6, 5, 5)).is_contiguous()
+    layer(torch.randn(4, 6, 5, 5)).view(4, -1)

@@ -230,3 +230,10 @@ def test_the_corner_grid_is_the_published_one(drawn: tuple[Tensor, Window], samp
         expected = ref.sample_rows_corner(x, kernel_size=window.kernel_size, sampling_stride=sampling_stride, **options)
     assert torch.equal(sample.rows, expected)
     assert sample.weights is None
+
+
+def test_an_empty_batch_gives_no_rows() -> None:
+    window = Window((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)))
+    for limit in (None, 10):
+        sample = spread_patches(torch.zeros(0, 2, 16, 16), window, sampling_stride=3, max_samples=limit)
+        assert sample.rows.shape == (0, 18)

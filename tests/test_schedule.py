@@ -53,7 +53,7 @@ def test_refresh_steps_by_hand() -> None:
     for step in range(200):
         if clock.due:
             due.append(step)
-        clock.advance(torch.zeros(()))
+        clock.advance()
     by_hand = [*range(16), *range(16, 32, 2), *range(32, 64, 4), *range(64, 128, 8), 128, 144, 160, 176, 192]
     assert due == by_hand == due_steps(16, 200)
 
@@ -65,20 +65,19 @@ def test_was_due_is_the_due_of_the_step_before(update_every: int) -> None:
     for _ in range(100):
         assert clock.was_due == before
         before = clock.due
-        clock.advance(torch.zeros(()))
+        clock.advance()
     assert (Clock(update_every, 100).due, Clock(update_every, 100).was_due) == (clock.due, clock.was_due)
 
 
 def test_the_operator_of_compiled_steps_advances_the_same_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, other = Clock(16), Clock(16)
-    pulse = torch.zeros((), dtype=torch.int64)
     with monkeypatch.context() as patch:
         patch.setattr("netdeconv.nn.schedule.torch", InCompiler())
         for _ in range(17):
-            ours.advance(pulse)
+            ours.advance()
     assert (ours.steps, ours.due, ours.was_due) == (17, False, True)
     assert other.steps == 0
-    torch.library.opcheck(torch.ops.netdeconv.tick.default, (pulse, ours.id), test_utils="test_schema")
+    torch.library.opcheck(torch.ops.netdeconv.tick.default, (ours.pulse,), test_utils="test_schema")
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda clock: pickle.loads(pickle.dumps(clock))])
@@ -86,17 +85,16 @@ def test_a_copy_shows_the_same_time_and_then_goes_its_own_way(copied: Any) -> No
     clock = Clock(4, 33)
     twin = copied(clock)
     assert (twin.update_every, twin.steps, twin.due, twin.was_due) == (4, 33, False, True)
-    pulse = torch.zeros((), dtype=torch.int64)
-    torch.ops.netdeconv.tick(pulse, twin.id)
+    torch.ops.netdeconv.tick(twin.pulse)
     assert (clock.steps, twin.steps) == (33, 34)
 
 
 def test_a_clock_whose_layer_is_gone_is_not_kept_and_not_missed() -> None:
     clock = Clock(4)
-    number = clock.id
+    pulse = clock.pulse
     del clock
     gc.collect()
-    torch.ops.netdeconv.tick(torch.zeros((), dtype=torch.int64), number)
+    torch.ops.netdeconv.tick(pulse)
 
 
 # ---- in a layer -------------------------------------------------------------------------------------

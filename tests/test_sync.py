@@ -244,3 +244,23 @@ def test_a_batch_that_is_not_finite_in_one_process_is_left_out_in_both(both: lis
 @pytest.mark.parametrize("name", ["switched_off", "group_of_one"])
 def test_processes_may_stay_apart(both: list[dict[str, Any]], name: str) -> None:
     assert [results["apart"][name].tolist() for results in both] == [[0] * 3, [1] * 3]
+
+
+def test_autocast_does_not_reach_the_joining() -> None:
+    blocks = Blocks.plan(4, Window(), 1, 64, "contiguous")
+    shares = [patch_moments(rows(50, 4, seed).float() + 100, blocks) for seed in (0, 1)]
+    plain = exchange(shares, blocks, torch.zeros(4))[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = exchange(shares, blocks, torch.zeros(4))[0]
+    torch.testing.assert_close(cast.covs, plain.covs, rtol=0, atol=0)
+    torch.testing.assert_close(cast.mean, plain.mean, rtol=0, atol=0)
+
+
+def test_a_process_follows_the_counters_that_were_broadcast_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = WhitenedLinear(4, 2)
+    layer.whitening.num_steps.fill_(129)  # as DistributedDataParallel writes them: in place, without a word
+    layer.whitening.num_updates.fill_(40)
+    monkeypatch.setattr("netdeconv.nn.whitening.distributed", lambda group: True)
+    monkeypatch.setattr("netdeconv.nn.whitening.joined_moments", lambda moments, *_: moments)
+    layer(torch.randn(8, 4))
+    assert int(layer.whitening.num_updates) == 40, "step 129 is no refresh step"

@@ -219,7 +219,7 @@ def test_remembered_values_that_a_gradient_needs_are_copies() -> None:
 def test_there_is_nothing_to_use_before_the_first_step() -> None:
     match = (
         r"^here: expected whitening statistics from at least one training step, got none so far\. "
-        r"Run some batches in training mode first"
+        r"(Unfreeze it \(netdeconv\.unfreeze\(model\)\), then run|Run) some batches in training mode first"
     )
     for whitening in (one_feature(PLAIN).eval(), freeze(one_feature(PLAIN))):
         with pytest.raises(StatisticsError, match=match):
@@ -243,7 +243,7 @@ def test_a_batch_that_is_not_finite_is_left_out_and_reported() -> None:
     whitening = one_feature(PLAIN)
     whitening(number(10, 2))
     match = (
-        r"^here: expected finite input, got NaN or infinite values in 1 step\(s\)\. "
+        r"^here: expected finite input, got NaN or infinite values in 1 step\(s\), [123] so far\. "
         r"The remembered statistics were left as they were; look for"
     )
     for poison in (torch.nan, torch.inf, -torch.inf):
@@ -266,6 +266,16 @@ def test_a_step_without_a_refresh_is_left_out_as_well() -> None:
     close((float(mean), float(root)), (10, 1 / 2))  # the mean remembered, the root of the last refresh
     assert remembered(whitening) == before
     assert (int(whitening.num_steps), int(whitening.num_updates), int(whitening.num_skipped)) == (18, 17, 1)
+
+
+def test_after_a_refresh_that_is_left_out_the_last_good_root_is_used() -> None:
+    whitening = one_feature(PLAIN.replace(update_every=2))
+    for step in range(18):
+        whitening(number(10, 2 + step % 3))  # the last refresh, at step 16, sees 3
+    with pytest.warns(NonFiniteWarning, match=r"in 1 step\(s\)"):
+        whitening(number(torch.nan, 7))
+    mean, (root,) = whitening(number(5, 9))
+    close((float(mean), float(root)), (5, 1 / 3))
 
 
 def test_a_first_batch_that_is_not_finite_leaves_nothing_to_evaluate() -> None:
@@ -358,3 +368,34 @@ def test_it_is_described_by_what_is_not_default() -> None:
     layer = WhitenedConv2d(4, 4, (1, 3), whitening=WhiteningConfig(eps=0.5, momentum=None))
     assert repr(layer.whitening) == "Whitening(4, 1x3, eps=0.5, momentum=None)"
     assert repr(ChannelWhitening(7)) == "ChannelWhitening(\n  7\n  (whitening): Whitening(7, 1)\n)"
+
+
+def test_a_state_saved_without_a_last_root_loads_and_starts_from_the_remembered_one() -> None:
+    every = WhitenedLinear(4, 2, whitening=WhiteningConfig(update_every=1))
+    every(torch.randn(16, 4))
+    sparse = WhitenedLinear(4, 2, whitening=WhiteningConfig(update_every=16))
+    sparse.load_state_dict(every.state_dict())
+    torch.testing.assert_close(sparse.whitening.last_root, every.whitening.running_root)
+    torch.testing.assert_close(sparse.eval()(torch.ones(3, 4)), every.eval()(torch.ones(3, 4)))
+
+
+def test_a_state_saved_with_a_last_root_loads_where_there_is_none() -> None:
+    sparse = WhitenedLinear(4, 2)
+    sparse(torch.randn(16, 4))
+    every = WhitenedLinear(4, 2, whitening=WhiteningConfig(update_every=1))
+    every.load_state_dict(sparse.state_dict())
+    torch.testing.assert_close(every.eval()(torch.ones(3, 4)), sparse.eval()(torch.ones(3, 4)))
+
+
+def test_reset_parameters_after_to_empty_starts_anew() -> None:
+    with torch.device("meta"):
+        whitening = Whitening(4, Window())
+    whitening.to_empty(device="cpu").reset_parameters()
+    assert whitening.num_steps == whitening.num_updates == whitening.num_skipped == 0
+    torch.testing.assert_close(whitening.running_root, torch.eye(4))
+
+
+def test_an_untrained_frozen_layer_says_how_to_thaw_it() -> None:
+    layer = freeze(WhitenedLinear(4, 2))
+    with pytest.raises(StatisticsError, match=r"Unfreeze it \(netdeconv\.unfreeze\(model\)\)"):
+        layer(torch.randn(8, 4))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 from typing import Any
 
 from netdeconv.errors import ConfigError
@@ -31,16 +32,16 @@ class WhiteningConfig:
         num_iters: Newton-Schulz steps. 5, the published number, caps the gain at 1.5**5 = 7.6 and so does not
             whiten fully; 15 comes close. The solver ``"eigh"`` is exact and does not look at it.
         solver: how the inverse square root is computed, see :func:`netdeconv.functional.inverse_sqrt`.
-        momentum: share of the running values that one training step replaces, as in batch normalisation. A
-            refresh after k steps replaces ``1 - (1 - momentum)**k``. ``None`` averages all refreshes equally.
+        momentum: share of the running values that one training step replaces, as in batch normalisation. A root
+            after k steps replaces ``1 - (1 - momentum)**k``. ``None`` averages all steps equally.
         sampling: ``"spread"`` looks at patches spread evenly over the map, at other places on every refresh,
             and at all of them when they fit ``max_samples``; ``"corner"``, the published procedure, at a
             fixed grid that starts in the top left corner (for 1x1 kernels: at every k-th row of the batch).
         sampling_stride: distance of sampled patches along every dimension, in output positions.
         max_samples: most patches looked at in one refresh; ``None`` for no limit. With ``"spread"`` only.
-        update_every: training steps between two refreshes of the statistics. The first 16 steps refresh
-            every time, then the distance doubles until it has reached this number.
-        differentiable: let the gradient flow through mean and root on refresh steps, as published.
+        update_every: training steps between two computations of the root; the mean is taken at every step. The
+            first 16 steps compute it every time, then the distance doubles until it has reached this number.
+        differentiable: let the gradient flow through mean and root where they are computed, as published.
         debias: running values are weighted averages of what was seen, right from the first refresh; without
             it they start at zero mean and identity root, as published.
         sync: in distributed training, gather the statistics over all processes of ``process_group``.
@@ -84,11 +85,13 @@ class WhiteningConfig:
             _require_known(name, getattr(self, name), known)
         for name in ("differentiable", "debias", "sync"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"WhiteningConfig: expected {name} True or False, got {getattr(self, name)!r}.")
+                raise ConfigError(
+                    f"WhiteningConfig: expected {name} True or False, got {getattr(self, name)!r}. Pass a bool."
+                )
         try:
             chosen_solver(self.solver, self.num_iters)
         except ValueError as error:
-            raise ConfigError(f"WhiteningConfig: {error}") from None
+            raise ConfigError(str(error).replace("inverse_sqrt", "WhiteningConfig", 1)) from None
         if self.sampling == "corner" and self.max_samples is not None:
             raise ConfigError(
                 f"WhiteningConfig: max_samples={self.max_samples} cannot apply to sampling='corner', which has a "
@@ -119,7 +122,7 @@ class WhiteningConfig:
 
     @staticmethod
     def _require_whole(name: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
             raise ConfigError(
                 f"WhiteningConfig: expected {name} a whole number >= 1, got {value!r}. "
                 f"The default is {WhiteningConfig.__dataclass_fields__[name].default}."
@@ -127,12 +130,12 @@ class WhiteningConfig:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _require_known(name: str, value: Any, known: tuple[str, ...]) -> None:
     if value in known:
         return
     near = difflib.get_close_matches(str(value), known, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    hint = f" Did you mean {near[0]!r}?" if near else " Choose one of them."
     raise ConfigError(f"WhiteningConfig: expected {name} one of {', '.join(map(repr, known))}, got {value!r}.{hint}")

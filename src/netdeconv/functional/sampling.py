@@ -21,6 +21,8 @@ __all__ = ["Sample", "corner_patches", "spread_patches"]
 # effectiveness of quasirandom sequences", 2018.)
 _STEPS = (0.8191725133961645, 0.6710436067037893, 0.5497004779019703, 0.4502995220980296)
 
+_PERIOD = 4096  # turns after which the positions repeat, so that float32 tells them apart
+
 # Positions along one dimension: before the interior (the window reaches over the edge), inside, after it.
 Zones = tuple[int, int, int]
 
@@ -62,7 +64,7 @@ def spread_patches(
     batch = x.shape[0]
     zones = [_zones(length, edges) for length, edges in zip(size, window.edges(x.shape[2:]), strict=True)]
     images, counts = _budget(batch, zones, sampling_stride, max_samples)
-    offset = None if turn is None else turn.to(torch.float64)
+    offset = None if turn is None else (turn % _PERIOD).to(torch.float32)
     if images < batch:
         x = x.index_select(0, _evenly(batch, images, offset, _STEPS[0], x.device))
     positions = [
@@ -74,7 +76,7 @@ def spread_patches(
     weights = None
     if counts != zones or images < batch:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        weights = torch.full((), batch / images, dtype=dtype, device=x.device)
+        weights = torch.full((), batch / max(images, 1), dtype=dtype, device=x.device)
         for along, taken in zip(zones, counts, strict=True):
             shares = [weights.new_full((count,), zone / count) for _, zone, count in _laid_out(along, taken)]
             weights = weights.unsqueeze(-1) * torch.cat(shares)

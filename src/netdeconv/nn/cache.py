@@ -69,8 +69,8 @@ def _can_be_watched(tensor: Tensor) -> bool:
 def _fingerprint(tensor: Tensor) -> Tensor:
     """One number per row, in float32 at least. NaN is never equal to itself: weights with NaN are always folded."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
-    rows = tensor.detach().reshape(len(tensor), -1).to(dtype)
-    # A low-discrepancy sequence: fixed, cheap, and without a pattern that weights might share.
-    vector = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64).mul_(0.6180339887498949).frac_()
+    rows = (tensor.detach().flatten(1) if tensor.dim() > 1 else tensor.detach().unsqueeze(1)).to(dtype)
+    # A low-discrepancy sequence: fixed, cheap, without a pattern that weights might share, and nowhere near zero.
+    vector = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64).mul_(0.6180339887498949).frac_().add_(0.5)
     with torch.autocast("cpu", enabled=False):
         return rows @ vector.to(dtype)

@@ -72,7 +72,8 @@ class ChannelWhitening(nn.Module):
             centred = flat.movedim(1, -1).to(dtype) - blocks.spread_mean(mean.to(dtype)).flatten()
             parts = [part @ root.to(dtype) for part, root in zip(blocks.split(centred), roots, strict=True)]
             white = blocks.join(parts).movedim(-1, 1)
-        return white.to(x.dtype).reshape(x.shape)
+        white = white.to(x.dtype).reshape(x.shape)
+        return white.contiguous() if x.is_contiguous() else white
 
     def extra_repr(self) -> str:
         return f"{self.num_channels}"

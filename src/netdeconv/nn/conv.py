@@ -59,7 +59,7 @@ class _WhitenedConv(WhitenedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         label, dims = self.whitening.label, len(self._spatial)
-        check_floating(x, label)
+        check_floating(x, label, self.weight.dtype)
         one = f"({self.in_channels}, {', '.join(self._spatial)})"
         many = f"(N, {one[1:]}"
         if x.dim() not in (dims + 1, dims + 2):

@@ -53,12 +53,17 @@ class WhitenedLayer(nn.Module):
         return fold(self.weight, self.bias, mean, roots, self.whitening.blocks)
 
 
-def check_floating(x: Tensor, label: str) -> None:
-    """Whitening needs real numbers."""
+def check_floating(x: Tensor, label: str, dtype: torch.dtype | None = None) -> None:
+    """Whitening needs real numbers, and the layer those of its weight's dtype unless autocast converts them."""
     if not x.is_floating_point():
         raise TypeError(
             f"{label}: expected floating point input, got {x.dtype}. "
             "Convert it first, e.g. x.float() / 255 for 8-bit images."
+        )
+    if dtype is not None and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"{label}: expected input of dtype {dtype}, that of the weight, got {x.dtype}. "
+            "Convert one to the other with .to(dtype), or use torch.autocast."
         )
 
 
@@ -88,6 +93,14 @@ def check_fits(x: Tensor, window: Window, expected: str, label: str) -> None:
         raise ShapeError(
             f"{label}: expected x of shape {expected} with a map of at least {needed}, got {tuple(x.shape)}. "
             "Pass a larger map, or raise the padding."
+        )
+    allowed = {"reflect": 1, "circular": 0}.get(window.padding_mode)
+    if allowed is not None and any(
+        max(pads) > length - allowed for length, pads in zip(size, window.padding, strict=True)
+    ):
+        raise ShapeError(
+            f"{label}: expected x of shape {expected} with a map larger than the padding {window.padding} for "
+            f"padding_mode={window.padding_mode!r}, got {tuple(x.shape)}. Pass a larger map, or pad less."
         )
 
 

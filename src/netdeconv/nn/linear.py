@@ -57,9 +57,11 @@ class WhitenedLinear(WhitenedLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         label = self.whitening.label
-        check_floating(x, label)
+        check_floating(x, label, self.weight.dtype)
         if x.dim() == 0:
-            raise ShapeError(f"{label}: expected x of shape (*, {self.in_features}), got a scalar.")
+            raise ShapeError(
+                f"{label}: expected x of shape (*, {self.in_features}), got a scalar. Pass x.reshape(1, -1)."
+            )
         check_channels(x, -1, self.in_features, f"(*, {self.in_features})", label)
         weight, bias = self.whitened_parameters(x.reshape(-1, self.in_features))
         return F.linear(x, weight, bias)

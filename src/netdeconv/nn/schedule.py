@@ -31,13 +31,15 @@ class Clock:
 
     ``due`` is a plain bool: a compiled forward is specialised on it, so that there is one graph with the
     refresh and one without, and no other. A compiled graph cannot run Python, so there the clock is advanced by
-    the operator ``netdeconv::tick``, which finds it by ``id``.
+    the operator ``netdeconv::tick``, which finds it by its number.
+    The number is a tensor, on the CPU: as a plain int every clock would need a graph of its own.
     """
 
     def __init__(self, update_every: int, steps: int = 0) -> None:
         self.update_every = update_every
-        self.id = next(_ids)
-        _clocks[self.id] = self
+        number = next(_ids)
+        _clocks[number] = self
+        self.pulse = torch.tensor(number)
         self.set(steps)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -50,10 +52,10 @@ class Clock:
         self.due = self._is_due(steps)
         self.was_due = steps > 0 and self._is_due(steps - 1)
 
-    def advance(self, pulse: Tensor) -> None:
-        """One training step has begun. ``pulse`` is any 0-dim tensor that nobody else looks at."""
+    def advance(self) -> None:
+        """One training step has begun."""
         if torch.compiler.is_compiling():
-            torch.ops.netdeconv.tick(pulse, self.id)
+            torch.ops.netdeconv.tick(self.pulse)
         else:
             self.set(self.steps + 1)
 
@@ -61,8 +63,8 @@ class Clock:
         return step % interval(step, self.update_every) == 0
 
 
-def _tick(pulse: Tensor, clock: int) -> None:
-    found = _clocks.get(clock)
+def _tick(pulse: Tensor) -> None:
+    found = _clocks.get(int(pulse))
     if found is not None:
         found.set(found.steps + 1)
 
@@ -71,4 +73,4 @@ def _tick(pulse: Tensor, clock: int) -> None:
 # counter, whose reads Inductor has been seen to move behind the operator (torch 2.15). A captured CUDA graph
 # would not replay the Python in here, so the compiler must run it between graphs.
 _op = torch.library.custom_op("netdeconv::tick", _tick, mutates_args=("pulse",), tags=(torch.Tag.cudagraph_unsafe,))
-_op.register_fake(lambda pulse, clock: None)
+_op.register_fake(lambda pulse: None)

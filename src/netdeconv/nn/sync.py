@@ -30,6 +30,11 @@ def joined_moments(moments: Moments, blocks: Blocks, about: Tensor, process_grou
     """
     if not distributed(process_group):
         return moments
+    with torch.autocast(moments.mean.device.type, enabled=False):
+        return _joined(moments, blocks, about, process_group)
+
+
+def _joined(moments: Moments, blocks: Blocks, about: Tensor, process_group: Any) -> Moments:
     if moments.rows == 0:  # an empty share still takes part, in the backward pass too, or the others would wait for it
         moments = Moments(moments.mean.nan_to_num(), tuple(cov.nan_to_num() for cov in moments.covs), 0, moments.total)
     count = moments.total.reshape(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -62,7 +63,6 @@ class Whitening(nn.Module):
     num_steps: Tensor
     last_update: Tensor
     num_skipped: Tensor
-    _pulse: Tensor
 
     def __init__(
         self,
@@ -88,9 +88,9 @@ class Whitening(nn.Module):
                 self.register_buffer(name, torch.empty(shape, device=device, dtype=dtype))
         for name in ("num_updates", "num_steps", "last_update", "num_skipped"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
-        self.register_buffer("_pulse", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
         self.clock = Clock(self.config.update_every)
         self._ready = False
+        self._agreed = False
         self._skipped = 0
         self.reset_statistics()
 
@@ -112,6 +112,10 @@ class Whitening(nn.Module):
         self.clock.set(0)
         self._ready, self._skipped = False, 0
 
+    def reset_parameters(self) -> None:
+        """:meth:`reset_statistics`, by the name that is called after ``to_empty``."""
+        self.reset_statistics()
+
     def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The pair to fold. Shapes: x ``(N, C, *spatial)`` -> ``blocks.mean_shape``, ``blocks.root_shapes``.
 
@@ -122,14 +126,18 @@ class Whitening(nn.Module):
         """
         if not self.training or self.frozen:
             return self.remembered()
-        if x.numel() == 0 and not (self.config.sync and distributed(self.process_group)):
+        shared = self.config.sync and distributed(self.process_group)
+        if shared and not self._agreed and not torch.compiler.is_compiling():
+            self._read_counters()  # DistributedDataParallel may have brought those of rank 0
+            self._agreed = True
+        if x.numel() == 0 and not shared:
             return _kept(self.running_mean), tuple(_kept(root) for root in self._roots(self._kinds[-1]))
         again = _in_backward()  # activation checkpointing runs the forward a second time
         due = self.clock.was_due if again else self.clock.due
         mean, roots = self._step(x, due, again)
         if not again:
             self.num_steps.add_(1)
-            self.clock.advance(self._pulse)
+            self.clock.advance()
         return mean, roots
 
     def remembered(self) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -139,9 +147,10 @@ class Whitening(nn.Module):
             StatisticsError: no statistics have been gathered yet.
         """
         if not (self._ready or self._check_ready()):
+            first = "Unfreeze it (netdeconv.unfreeze(model)), then run" if self.frozen else "Run"
             raise StatisticsError(
-                f"{self.label}: expected whitening statistics from at least one training step, got none so far. Run "
-                "some batches in training mode first (model.train()), or load a trained state dict."
+                f"{self.label}: expected whitening statistics from at least one training step, got none so far. "
+                f"{first} some batches in training mode first (model.train()), or load a trained state dict."
             )
         return _kept(self.running_mean), tuple(_kept(root) for root in self._roots("running"))
 
@@ -174,7 +183,8 @@ class Whitening(nn.Module):
             moments = patch_moments(sample.rows, self.blocks, sample.weights)
         else:
             mean = self.blocks.pooled_mean(mean_patch(x, self.window))
-            moments = Moments(mean, (), x.shape[0], mean.new_full((), x.shape[0]))
+            seen = x.shape[0] * math.prod(self.window.output_size(x.shape[2:]))
+            moments = Moments(mean, (), x.shape[0], mean.new_full((), seen))
             if due:
                 turn = self.num_updates - int(again)
                 sample = spread_patches(x, self.window, max_samples=config.max_samples, turn=turn, **options)
@@ -208,10 +218,11 @@ class Whitening(nn.Module):
     def _weight(self, since: Tensor) -> Tensor:
         """Share in the running values of what was seen at this step, the last time having been at step ``since``."""
         steps = self.num_steps + 1
+        dtype = torch.promote_types(self.running_mean.dtype, torch.float32)
         if self.config.momentum is None:
-            new, seen = (steps - since).double(), steps.double()
+            new, seen = (steps - since).to(dtype), steps.to(dtype)
         else:
-            keep = torch.full((), 1 - self.config.momentum, dtype=torch.float64, device=steps.device)
+            keep = torch.full((), 1 - self.config.momentum, dtype=dtype, device=steps.device)
             new, seen = 1 - keep ** (steps - since), 1 - keep**steps
             if not self.config.debias:
                 return new
@@ -237,15 +248,23 @@ class Whitening(nn.Module):
         if skipped > self._skipped:
             warnings.warn(
                 f"{self.label}: expected finite input, got NaN or infinite values in "
-                f"{skipped - self._skipped} step(s). The remembered statistics were left as they were; look for "
-                "the batch, a too large learning rate, or an overflow in half precision.",
+                f"{skipped - self._skipped} step(s), {skipped} so far. The remembered statistics were left as they "
+                "were; look for the batch, a too large learning rate, or an overflow in half precision.",
                 NonFiniteWarning,
                 stacklevel=2,
             )
         self._skipped = skipped
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # A layer that refreshed at every step has saved no last root: the remembered one is the nearest to it.
+        for last, running in zip(self._names(self._kinds[-1]), self._names("running"), strict=True):
+            if prefix + last not in state_dict and prefix + running in state_dict:
+                state_dict[prefix + last] = state_dict[prefix + running]
+        if "last" not in self._kinds:
+            for last in self._names("last"):
+                state_dict.pop(prefix + last, None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._agreed = False
         self._skipped = 0 if self.num_skipped.is_meta else int(self.num_skipped)
         self._read_counters()
 
