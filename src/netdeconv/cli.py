@@ -168,6 +168,35 @@ def _bench(args: argparse.Namespace) -> int:
     return command.run(args)
 
 
+def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
+    from netdeconv.lab.experiments import cifar_command
+
+    experiments = parser.add_subparsers(metavar="NAME", required=True, parser_class=_Parser)
+    cifar_command.add_arguments(
+        experiments.add_parser("cifar", help=cifar_command.HELP, description=cifar_command.HELP, allow_abbrev=False)
+    )
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    from netdeconv.lab.experiments import cifar_command
+
+    return cifar_command.run(args)
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    from netdeconv.lab import export_command
+    from netdeconv.surgery.export import OPSET
+
+    export_command.add_arguments(parser, opset=OPSET)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from netdeconv.lab import export_command
+    from netdeconv.surgery import export_onnx
+
+    return export_command.run(args, export_onnx)
+
+
 COMMANDS = (
     Command(
         "demo",
@@ -180,6 +209,18 @@ COMMANDS = (
         "Measure time, memory and accuracy of network deconvolution, beside batch normalisation's.",
         _bench_arguments,
         _bench,
+    ),
+    Command(
+        "reproduce",
+        "Re-run an experiment of the paper beside a tuned baseline.",
+        _reproduce_arguments,
+        _reproduce,
+    ),
+    Command(
+        "export",
+        "Write a trained network, from its checkpoint, as an ONNX file, and try the file in onnxruntime.",
+        _export_arguments,
+        _export,
     ),
 )
 
