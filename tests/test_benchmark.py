@@ -27,6 +27,7 @@ from netdeconv.lab.benchmark.settings import (
     StepSettings,
 )
 from netdeconv.lab.benchmark.timing import Contestant, Race, race, steady_plan
+from netdeconv.lab.running import threads
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {"network": "resnet18", "width": 0.0625, "batch": 4, "size": 8, "threads": 1}
@@ -166,7 +167,7 @@ def test_torchvision_networks_by_name() -> None:
 
 def test_threads_are_restored() -> None:
     before = torch.get_num_threads()
-    with pytest.raises(KeyboardInterrupt), contestants.threads(1):
+    with pytest.raises(KeyboardInterrupt), threads(1):
         assert torch.get_num_threads() == 1
         raise KeyboardInterrupt
     assert torch.get_num_threads() == before

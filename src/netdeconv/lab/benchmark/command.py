@@ -118,7 +118,8 @@ def measure(name: str, settings: Settings, out: Path, follow: Follower) -> tuple
         ``complete: false`` and the text is empty; there are files if anything had been measured.
     """
     from netdeconv.lab.benchmark import record as records
-    from netdeconv.lab.benchmark.contestants import device_of, threads
+    from netdeconv.lab.benchmark.contestants import device_of
+    from netdeconv.lab.running import threads
 
     benchmark = _load(name)
     device_of(settings.device)

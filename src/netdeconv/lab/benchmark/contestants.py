@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import netdeconv
 from netdeconv import ConfigError, WhiteningConfig, zoo
 from netdeconv.lab.benchmark.settings import MemorySettings, StepSettings
 
-__all__ = ["CONTESTANTS", "Training", "device_of", "move_to_step", "network", "steady_step", "threads"]
+__all__ = ["CONTESTANTS", "Training", "device_of", "move_to_step", "network", "steady_step"]
 
 CONTESTANTS = {
     "batchnorm": "BatchNorm",
@@ -168,14 +168,3 @@ def device_of(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no GPU here. Use --device cpu")
     return torch.device(name)
-
-
-@contextlib.contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Compute with so many threads; ``None`` leaves them as they are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if count is None else count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

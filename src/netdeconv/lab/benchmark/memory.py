@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from netdeconv.lab.benchmark.contestants import CONTESTANTS, Training, device_of, threads
+from netdeconv.lab.benchmark.contestants import CONTESTANTS, Training, device_of
 from netdeconv.lab.benchmark.settings import MemorySettings
+from netdeconv.lab.running import threads
 
 __all__ = ["measure", "measure_in_fresh_process", "peak_after", "saved_bytes"]
 

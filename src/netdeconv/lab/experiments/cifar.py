@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -19,12 +18,23 @@ from netdeconv import ConfigError, WhiteningConfig, convert, zoo
 from netdeconv.lab.cifar import CIFAR10Data, data_root
 from netdeconv.lab.experiments.cifar_settings import METHODS, CifarSettings
 from netdeconv.lab.progress import Progress, quiet_lightning
+from netdeconv.lab.running import fit, threads
 from netdeconv.lab.store import RunStore, code_fingerprint, versions, write_json
 from netdeconv.lab.tasks import Classification, RunRecord
 
 __all__ = ["run_cifar", "table"]
 
-_CODE = ("config.py", "functional", "nn", "zoo", "surgery/convert.py")
+_CODE = (
+    "config.py",
+    "functional",
+    "nn",
+    "zoo",
+    "surgery",
+    "lab/cifar.py",
+    "lab/data.py",
+    "lab/tasks.py",
+    "lab/experiments/cifar.py",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +68,9 @@ def run_cifar(out: Path, settings: CifarSettings, *, show: bool = True) -> list[
     plan = [Run(*one) for one in itertools.product(settings.methods, settings.rates, range(settings.seeds))]
     entries = []
     data: CIFAR10Data | None = None
-    torch.set_num_threads(settings.threads)
     found = {run: store.load(run.name, {**identity, **dataclasses.asdict(run)}) for run in plan}
     done = sum(result is not None for result in found.values())
-    with quiet_lightning(), Progress(len(plan), done, show=show) as progress:
+    with threads(settings.threads), quiet_lightning(), Progress(len(plan), done, show=show) as progress:
         for run in plan:
             result = found[run]
             if result is None:
@@ -117,8 +126,7 @@ def _train(run: Run, settings: CifarSettings, data: CIFAR10Data, progress: Progr
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-        with _interruptible(trainer):
-            trainer.fit(task, datamodule=data)
+        fit(trainer, task, data)
     seconds = record.step_seconds
     return {
         "curves": record.curves,
@@ -126,17 +134,6 @@ def _train(run: Run, settings: CifarSettings, data: CIFAR10Data, progress: Progr
         "seconds_per_step": sum(seconds) / len(seconds),
         "diverged": not all(map(math.isfinite, record.curves["train/loss"])),
     }
-
-
-@contextlib.contextmanager
-def _interruptible(trainer: Trainer) -> Any:
-    """Pass Ctrl-C on, where Lightning would exit with code 1."""
-    try:
-        yield
-    except SystemExit:
-        if not trainer.interrupted:
-            raise
-        raise KeyboardInterrupt from None
 
 
 def _line(entry: dict[str, Any]) -> str:

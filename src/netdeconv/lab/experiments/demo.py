@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from netdeconv.lab.experiments import demo_report
 from netdeconv.lab.experiments.demo_settings import DemoSettings
 from netdeconv.lab.networks import NORMS, SmallConvNet
 from netdeconv.lab.progress import Progress, quiet_lightning
+from netdeconv.lab.running import fit, threads
 from netdeconv.lab.store import RunStore, code_fingerprint, versions
 from netdeconv.lab.tasks import Classification, RunRecord
 
@@ -71,7 +70,7 @@ def run_demo(out: Path, settings: DemoSettings, *, fresh: bool = False, show: bo
         found = None if fresh else store.load(run.name, run.identity(settings, code))
         if found is not None:
             results[run] = found
-    with _threads(settings.threads), quiet_lightning(), Progress(len(plan), len(results), show=show) as progress:
+    with threads(settings.threads), quiet_lightning(), Progress(len(plan), len(results), show=show) as progress:
         if results:
             progress.say(f"{len(results)} of {len(plan)} runs were finished before")
         for run in plan:
@@ -109,7 +108,7 @@ def _train(run: Run, settings: DemoSettings, progress: Progress) -> dict[str, An
             enable_model_summary=False,
             num_sanity_val_steps=0,
         )
-        _fit(trainer, task, data)
+        fit(trainer, task, data)
     seconds = record.step_seconds
     late = seconds[len(seconds) // 2 :]
     return {
@@ -123,29 +122,9 @@ def _train(run: Run, settings: DemoSettings, progress: Progress) -> dict[str, An
     }
 
 
-def _fit(trainer: Trainer, task: Classification, data: DigitsData) -> None:
-    """``trainer.fit`` that passes Ctrl-C on, where Lightning would exit with code 1."""
-    try:
-        trainer.fit(task, datamodule=data)
-    except SystemExit:
-        if not trainer.interrupted:
-            raise
-        raise KeyboardInterrupt from None
-
-
 def _rate_line(rate: float, settings: DemoSettings, results: dict[Run, dict[str, Any]]) -> str:
     parts = []
     for norm in NORMS:
         last = [results[Run(norm, rate, s)]["curves"]["validation/accuracy"][-1] for s in range(settings.seeds)]
         parts.append(f"{NAMES[norm]} {100 * sum(last) / len(last):.1f} %")
     return f"learning rate {rate:g}: validation accuracy {', '.join(parts)}"
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
