@@ -48,7 +48,8 @@ def export_onnx(
         check: run the file and compare.
 
     Raises:
-        ConfigError: the model is in training mode, or the packages of ``netdeconv[export]`` are not installed.
+        ConfigError: the model is in training mode, the exporter cannot write this opset, or the packages of
+            ``netdeconv[export]`` are not installed.
         StatisticsError: a whitened layer has no statistics yet.
         NumericalError: the file computes something else than the model.
     """
@@ -77,11 +78,26 @@ def export_onnx(
             dynamic_shapes=tuple({0: batch} for _ in inputs) if dynamic_batch else None,
             verbose=False,
         )
+        _require_opset(path, opset)
         if check:
             sizes = [inputs, [torch.cat([x, x[:1]]) for x in inputs], [x[:1] for x in inputs]]
             for tried in sizes if dynamic_batch else [inputs]:
                 _compare(plain, path, names, tried)
     return path
+
+
+def _require_opset(path: Path, opset: int) -> None:
+    """The exporter writes another version, without an error, where it cannot write the one asked for."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    written = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if written != opset:
+        path.unlink()
+        raise ConfigError(
+            f"export_onnx: expected an opset that the exporter can write, got opset={opset}, for which it wrote "
+            f"{written}. Pass opset={written}, or leave it out for {OPSET}."
+        )
 
 
 def _compare(model: nn.Module, path: Path, names: list[str], inputs: list[Tensor]) -> None:
