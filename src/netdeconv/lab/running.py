@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
 __all__ = ["fit", "threads"]
 
 
-def fit(trainer: Trainer, task: LightningModule, data: LightningDataModule) -> None:
-    """``trainer.fit`` that passes Ctrl-C on, where Lightning would exit with code 1."""
+def fit(task: LightningModule, data: LightningDataModule, *, epochs: int, callbacks: Sequence[Callback]) -> None:
+    """Train on the CPU, with nothing written and nothing printed but by the callbacks.
+
+    Raises:
+        KeyboardInterrupt: on Ctrl-C, where Lightning would exit with code 1.
+    """
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=epochs,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
     try:
         trainer.fit(task, datamodule=data)
     except SystemExit:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import nn
 
 from netdeconv import ConfigError, WhiteningConfig, convert, zoo
@@ -32,6 +31,7 @@ _CODE = (
     "surgery",
     "lab/cifar.py",
     "lab/data.py",
+    "lab/running.py",
     "lab/tasks.py",
     "lab/experiments/cifar.py",
 )
@@ -116,17 +116,7 @@ def _train(run: Run, settings: CifarSettings, data: CIFAR10Data, progress: Progr
         )
         record = RunRecord()
         progress.start_run(run.name, settings.epochs * len(data.train_dataloader()))
-        trainer = Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=settings.epochs,
-            callbacks=[record, progress.callback()],
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
-        fit(trainer, task, data)
+        fit(task, data, epochs=settings.epochs, callbacks=[record, progress.callback()])
     seconds = record.step_seconds
     return {
         "curves": record.curves,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 
 from netdeconv.lab.data import DigitsData
 from netdeconv.lab.experiments import demo_report
@@ -24,7 +23,16 @@ __all__ = ["run_demo"]
 NAMES = {"bn": "BatchNorm", "nd": "network deconvolution"}
 
 # What a run's numbers depend on; everything else may change without repeating it.
-_CODE = ("config.py", "functional", "nn", "lab/data.py", "lab/networks.py", "lab/tasks.py", "lab/experiments/demo.py")
+_CODE = (
+    "config.py",
+    "functional",
+    "nn",
+    "lab/data.py",
+    "lab/networks.py",
+    "lab/running.py",
+    "lab/tasks.py",
+    "lab/experiments/demo.py",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,17 +106,7 @@ def _train(run: Run, settings: DemoSettings, progress: Progress) -> dict[str, An
         progress.start_run(
             f"{NAMES[run.norm]}, rate {run.rate:g}, seed {run.seed}", settings.epochs * len(data.train_dataloader())
         )
-        trainer = Trainer(
-            accelerator="cpu",
-            devices=1,
-            max_epochs=settings.epochs,
-            callbacks=[record, progress.callback()],
-            logger=False,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
-        fit(trainer, task, data)
+        fit(task, data, epochs=settings.epochs, callbacks=[record, progress.callback()])
     seconds = record.step_seconds
     late = seconds[len(seconds) // 2 :]
     return {
