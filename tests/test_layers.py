@@ -441,3 +441,9 @@ def test_contiguous_input_gives_contiguous_output() -> None:
     layer = ChannelWhitening(6)
     assert layer(torch.randn(4, 6, 5, 5)).is_contiguous()
     layer(torch.randn(4, 6, 5, 5)).view(4, -1)
+
+
+def test_input_may_be_passed_by_torchs_name() -> None:
+    x = torch.randn(8, 3, 6, 6)
+    assert WhitenedConv2d(3, 4, 3)(input=x).shape == (8, 4, 4, 4)
+    assert WhitenedLinear(6, 2)(input=x).shape == (8, 3, 6, 2)

@@ -57,7 +57,8 @@ class _WhitenedConv(WhitenedLayer):
             in_channels, _window_of(self), groups, whitening, device=device, dtype=dtype, label=label
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # torch's name for it, as calls by keyword need
+        x = input
         label, dims = self.whitening.label, len(self._spatial)
         check_floating(x, label, self.weight.dtype)
         one = f"({self.in_channels}, {', '.join(self._spatial)})"

@@ -55,7 +55,8 @@ class WhitenedLinear(WhitenedLayer, nn.Linear):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.whitening = Whitening(in_features, Window(), 1, whitening, device=device, dtype=dtype, label=label)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # torch's name for it, as calls by keyword need
+        x = input
         label = self.whitening.label
         check_floating(x, label, self.weight.dtype)
         if x.dim() == 0:

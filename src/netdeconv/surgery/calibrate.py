@@ -69,7 +69,7 @@ def _one_pass(model: nn.Module, layers: dict[nn.Module, Whitening], data: Any, c
     gatherers = {layer: Gatherer(whitening, every_position=True) for layer, whitening in layers.items()}
 
     def gather(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["x"]
+        x = args[0] if args else next(iter(kwargs.values()))
         gatherer = gatherers[layer]
         flat = x.flatten(2) if isinstance(layer, ChannelWhitening) and x.dim() > 2 else x
         flat = flat.unsqueeze(-1) if isinstance(layer, ChannelWhitening) and x.dim() == 2 else flat
