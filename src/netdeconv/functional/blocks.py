@@ -113,3 +113,15 @@ class Blocks:
             return mean
         (part,) = self.split(mean.reshape(self.groups, self.group_features))
         return part.mean(1).flatten()
+
+    def outer(self, away: Tensor) -> list[Tensor]:
+        """``away away^T`` for a difference of two means, averaged over the blocks that share a covariance.
+
+        Shapes: ``mean_shape`` -> one matrix for every part, as ``root_shapes``.
+        """
+        grouped = away.reshape(self.groups, -1)
+        parts = [grouped.unsqueeze(1)] if self.pool_mean else self.split(grouped)
+        return [
+            (part.mT @ part / part.shape[-2]).reshape(shape)
+            for part, shape in zip(parts, self.root_shapes, strict=True)
+        ]

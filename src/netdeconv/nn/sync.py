@@ -40,7 +40,7 @@ def _joined(moments: Moments, blocks: Blocks, about: Tensor, process_group: Any)
     count = moments.total.reshape(1)
     about = about.to(moments.mean.dtype)
     away = moments.mean - about
-    outer = _outer(away, blocks)
+    outer = blocks.outer(away)
     sums = [
         count,
         away * count,
@@ -51,18 +51,9 @@ def _joined(moments: Moments, blocks: Blocks, about: Tensor, process_group: Any)
     away, *squares = (joined[1:] / total).split(sizes)
     covs = tuple(
         square.reshape(cov.shape) - mine
-        for square, cov, mine in zip(squares, moments.covs, _outer(away, blocks), strict=False)
+        for square, cov, mine in zip(squares, moments.covs, blocks.outer(away), strict=False)
     )
     return Moments(away + about, covs, moments.rows, total)
-
-
-def _outer(away: Tensor, blocks: Blocks) -> list[Tensor]:
-    """Mean over the blocks of ``away away^T``, one matrix for every part, as the covariances are pooled."""
-    grouped = away.reshape(blocks.groups, -1)
-    parts = [grouped.unsqueeze(1)] if blocks.pool_mean else blocks.split(grouped)
-    return [
-        (part.mT @ part / part.shape[-2]).reshape(shape) for part, shape in zip(parts, blocks.root_shapes, strict=True)
-    ]
 
 
 def _all_reduce(value: Tensor, process_group: Any) -> Tensor:

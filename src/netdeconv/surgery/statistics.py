@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from netdeconv.errors import NumericalError, StatisticsError
-from netdeconv.functional import Blocks, Sample, Window, inverse_sqrt, patch_moments, spread_patches
+from netdeconv.functional import Sample, Window, inverse_sqrt, patch_moments, spread_patches
 from netdeconv.nn import Whitening
 
 __all__ = ["Gathered", "Gatherer", "input_rows", "put", "remember", "root_of"]
@@ -68,7 +68,7 @@ class Gatherer:
                 f"{self.whitening.label}: expected input to gather statistics from, got none. The data never reach it."
             )
         away = self._away / self.total
-        outer = _outer(away, self.whitening.blocks)
+        outer = self.whitening.blocks.outer(away)
         covs = tuple(square / self.total - mine for square, mine in zip(self._squares, outer, strict=True))
         return Gathered(self._about + away, covs, self.total)
 
@@ -78,7 +78,7 @@ class Gatherer:
             self._squares = [torch.zeros_like(cov) for cov in moments.covs]
         away = moments.mean - self._about
         self._away = self._away + away * moments.total
-        outer = _outer(away, self.whitening.blocks)
+        outer = self.whitening.blocks.outer(away)
         self._squares = [
             square + (cov + mine) * moments.total
             for square, cov, mine in zip(self._squares, moments.covs, outer, strict=True)
@@ -152,12 +152,3 @@ def _settle(whitening: Whitening, updates: int) -> None:
     whitening.last_update.fill_(steps)
     whitening.num_skipped.zero_()
     whitening.train(whitening.training)  # lets it look at the counters
-
-
-def _outer(away: Tensor, blocks: Blocks) -> list[Tensor]:
-    """``away away^T`` for every part, averaged over the blocks that share a covariance."""
-    grouped = away.reshape(blocks.groups, -1)
-    parts = [grouped.unsqueeze(1)] if blocks.pool_mean else blocks.split(grouped)
-    return [
-        (part.mT @ part / part.shape[-2]).reshape(shape) for part, shape in zip(parts, blocks.root_shapes, strict=True)
-    ]
