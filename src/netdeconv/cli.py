@@ -103,6 +103,7 @@ def _complain(prog: str, what: str, remedy: str) -> int:
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     from netdeconv.lab.experiments.demo_settings import DemoSettings
+    from netdeconv.lab.options import add_options
 
     helps = {
         "epochs": ("N", "passes over the training images"),
@@ -115,18 +116,7 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="run folder (default: runs/demo)"
     )
-    for name, (metavar, text) in helps.items():
-        default = getattr(DemoSettings, name)
-        several = isinstance(default, tuple)
-        shown = " ".join(f"{value:g}" for value in default) if several else default
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=type(default[0] if several else default),
-            nargs="+" if several else None,
-            default=argparse.SUPPRESS,
-            metavar=metavar,
-            help=f"{text} (default: {shown})",
-        )
+    add_options(parser, DemoSettings, helps)
     quick = DemoSettings.quick()
     rates = " ".join(f"{rate:g}" for rate in quick.rates)
     parser.add_argument(

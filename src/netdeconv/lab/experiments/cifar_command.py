@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from netdeconv.lab.experiments.cifar_settings import METHODS, CifarSettings
+from netdeconv.lab.options import add_options
 
 __all__ = ["HELP", "add_arguments", "run"]
 
@@ -30,24 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/cifar"), metavar="DIR", help="run folder (default: runs/cifar)"
     )
-    for name, (metavar, text) in _HELPS.items():
-        default = getattr(CifarSettings, name)
-        several = isinstance(default, tuple)
-        shown = " ".join(map(str, default)) if several else default
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=type(default[0] if several else default),
-            nargs="+" if several else None,
-            default=default,
-            metavar=metavar,
-            help=f"{text} (default: {shown})",
-        )
+    add_options(parser, CifarSettings, _HELPS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, print the table; the exit code."""
     given: dict[str, Any] = {}
-    for name in _HELPS:
+    for name in _HELPS.keys() & vars(args).keys():
         value = getattr(args, name)
         given[name] = tuple(value) if isinstance(value, list) else value
     settings = CifarSettings(**given)
