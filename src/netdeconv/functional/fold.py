@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd.function import Function, FunctionCtx
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,17 +33,64 @@ def fold(
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with torch.autocast(weight.device.type, enabled=False):
         grouped = weight.to(dtype).reshape(blocks.groups, -1, blocks.group_features)
-        folded = blocks.join(
-            [_times_root(part, root.to(dtype)) for part, root in zip(blocks.split(grouped), roots, strict=True)]
-        )
-        shift = torch.einsum("goi,gi->go", folded, blocks.spread_mean(mean.to(dtype))).flatten()
-        shifted = -shift if bias is None else bias.to(dtype) - shift
+        spread = blocks.spread_mean(mean.to(dtype))
+        folded, shift = _Fold.apply(blocks, grouped, spread, *(root.to(dtype) for root in roots))
+        shifted = -shift.flatten() if bias is None else bias.to(dtype) - shift.flatten()
     return folded.reshape(weight.shape).to(weight.dtype), shifted.to(weight.dtype)
 
 
-def _times_root(part: Tensor, root: Tensor) -> Tensor:
-    """(groups, out, blocks, features) times the symmetric (groups, features, features) root."""
-    if root.dim() == 2:
-        return part @ root
-    groups, out, count, size = part.shape
-    return (part.reshape(groups, out * count, size) @ root).reshape(part.shape)
+class _Fold(Function):
+    """``w -> (D w, mean D w)`` for every group, with as few passes over the weights backwards as forwards.
+
+    The gradient of w is that of its first result plus an outer product, times D; recorded step by step, the outer
+    product would be written out and added up in three more passes.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(blocks: Blocks, grouped: Tensor, mean: Tensor, *roots: Tensor) -> tuple[Tensor, Tensor]:
+        folded = _times_roots(grouped, roots, blocks)
+        return folded, (folded @ mean.unsqueeze(-1)).squeeze(-1)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        blocks, grouped, mean, *roots = inputs
+        needed: Any = ctx
+        needed.blocks = blocks
+        # What only the gradients of mean and root need is kept only where there are such gradients.
+        _, _, for_mean, *for_roots = needed.needs_input_grad
+        ctx.save_for_backward(
+            mean, *roots, *((output[0],) if for_mean else ()), *((grouped,) if any(for_roots) else ())
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad_folded: Tensor, grad_shift: Tensor) -> tuple[Tensor | None, ...]:
+        blocks: Blocks = ctx.blocks
+        _, for_weight, for_mean, *for_roots = ctx.needs_input_grad
+        mean, *kept = ctx.saved_tensors
+        roots, kept = kept[: len(for_roots)], kept[len(for_roots) :]
+        total = torch.addcmul(grad_folded, grad_shift.unsqueeze(-1), mean.unsqueeze(1))
+        grad_mean = (grad_shift.unsqueeze(1) @ kept.pop(0)).squeeze(1) if for_mean else None
+        grad_roots: list[Tensor | None] = [None] * len(roots)
+        if any(for_roots):
+            weights, totals = blocks.split(kept.pop()), blocks.split(total)
+            grad_roots = [
+                (_rows(part).mT @ _rows(back)).reshape(root.shape) if wanted else None
+                for part, back, root, wanted in zip(weights, totals, roots, for_roots, strict=True)
+            ]
+        return None, _times_roots(total, roots, blocks) if for_weight else None, grad_mean, *grad_roots
+
+
+def _times_roots(grouped: Tensor, roots: Sequence[Tensor], blocks: Blocks) -> Tensor:
+    """(groups, out, features of the group) times the symmetric root of each part."""
+    parts = [
+        (_rows(part) @ root).reshape(part.shape)
+        for part, root in zip(blocks.split(grouped), roots, strict=True)
+    ]
+    return blocks.join(parts)
+
+
+def _rows(part: Tensor) -> Tensor:
+    """(groups, out, blocks, features) -> (groups, out * blocks, features), what one root is applied to."""
+    return part.flatten(1, 2)
