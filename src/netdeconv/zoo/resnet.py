@@ -5,53 +5,49 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["ResNet", "resnet18", "resnet34", "resnet50"]
+from netdeconv.zoo.blocks import Bottleneck, Stage, StagedNetwork, projection, scaled
+
+__all__ = ["ResNet", "ResidualBottleneck", "resnet18", "resnet34", "resnet50"]
 
 
 class _Block(nn.Module):
     """Two 3x3 convolutions beside a shortcut."""
 
-    expansion = 1
-
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.shortcut = _shortcut(in_channels, channels, stride)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = projection(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
-class _Bottleneck(nn.Module):
-    """A 3x3 convolution between two 1x1 ones, beside a shortcut."""
+class ResidualBottleneck(Bottleneck):
+    """Three convolutions beside a shortcut; the one in the middle may have groups.
 
-    expansion = 4
+    Args:
+        expansion: output channels for each channel of the 3x3 convolution.
+    """
 
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
-        super().__init__()
-        out = channels * self.expansion
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, out, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(out)
-        self.shortcut = _shortcut(in_channels, out, stride)
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, *, expansion: int = 4, groups: int = 1
+    ) -> None:
+        super().__init__(in_channels, out_channels // expansion, out_channels, stride, groups)
+        self.shortcut = projection(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
-        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+        return F.relu(self.branch(x) + self.shortcut(x))
 
 
-_KINDS: dict[str, type[_Block] | type[_Bottleneck]] = {"basic": _Block, "bottleneck": _Bottleneck}
+# Class of the block, and how many times the stage's channels it puts out.
+_KINDS: dict[str, tuple[type[nn.Module], int]] = {"basic": (_Block, 1), "bottleneck": (ResidualBottleneck, 4)}
 
 
-class ResNet(nn.Module):
+class ResNet(StagedNetwork):
     """A 3x3 stem and four stages of residual blocks; the map is halved from the second stage on.
 
     Shapes: ``(N, 3, H, W)``, H and W at least 8 -> ``(N, num_classes)``.
@@ -66,33 +62,12 @@ class ResNet(nn.Module):
     """
 
     def __init__(self, block: str, blocks: tuple[int, ...], num_classes: int = 10, width: float = 1.0) -> None:
-        super().__init__()
-        kind = _KINDS[block]
-        channels = max(1, round(64 * width))
-        self.conv1 = nn.Conv2d(3, channels, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        stages = []
-        for stage, count in enumerate(blocks):
-            wanted = max(1, round(64 * 2**stage * width))
-            layers = []
-            for index in range(count):
-                stride = 2 if stage > 0 and index == 0 else 1
-                layers.append(kind(channels, wanted, stride))
-                channels = wanted * kind.expansion
-            stages.append(nn.Sequential(*layers))
-        self.stages = nn.Sequential(*stages)
-        self.linear = nn.Linear(channels, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.stages(F.relu(self.bn1(self.conv1(x))))
-        logits: Tensor = self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
-        return logits
-
-
-def _shortcut(in_channels: int, out: int, stride: int) -> nn.Sequential:
-    if stride == 1 and in_channels == out:
-        return nn.Sequential()
-    return nn.Sequential(nn.Conv2d(in_channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        kind, expansion = _KINDS[block]
+        stages = [
+            Stage(kind, scaled(64 * 2**index, width) * expansion, count, stride=2 if index else 1)
+            for index, count in enumerate(blocks)
+        ]
+        super().__init__(scaled(64, width), stages, num_classes)
 
 
 def resnet18(num_classes: int = 10, width: float = 1.0) -> ResNet:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from netdeconv.zoo.blocks import scaled
+
 __all__ = ["VGG", "vgg11", "vgg13", "vgg16", "vgg19"]
 
 # Convolutions per stage; every stage ends with a pooling that halves the map.
@@ -30,7 +32,7 @@ class VGG(nn.Module):
         channels = 3
         for convs, wanted in zip(_STAGES[depth], _CHANNELS, strict=True):
             for _ in range(convs):
-                out = max(1, round(wanted * width))
+                out = scaled(wanted, width)
                 layers += [nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
                 channels = out
             layers.append(nn.MaxPool2d(2))
