@@ -245,7 +245,7 @@ def test_states_that_fit_in_part(models: dict[str, nn.Module], tmp_path: Path) -
     ("options", "message"),
     [
         (("--network", "resnet81"), "there is no resnet81. The nearest name is resnet18."),
-        (("--network", "xyz"), "there is no xyz. The zoo has resnet18, "),
+        (("--network", "xyz"), "there is no xyz. The zoo has "),
         (("--network", "torchvision:mobilnet_v2"), "The nearest name is torchvision:mobilenet_v2."),
         (("--network", "timm:resnet18"), "there is no timm:resnet18"),
         (("--network", "torchvision:resnet18"), "width=0.03125 cannot apply"),
@@ -353,6 +353,9 @@ def test_a_file_that_computes_something_else(tmp_path: Path) -> None:
     for other in (x.relu() + 1e-2, x.relu() * float("nan")):
         with pytest.raises(ConfigError, match=r"relu\.onnx: expected the network's output within 1e-04"):
             largest_difference(path, x, [other])
+    for others in ([x.relu(), x], [], [x.relu()[:1]]):
+        with pytest.raises(ConfigError, match=r"expected the network's outputs, of shapes .*, got \[\(2, 2\)\] in"):
+            largest_difference(path, x, others)
 
 
 def test_help_loads_no_exporter(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

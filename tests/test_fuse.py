@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
 import netdeconv
 from netdeconv import ChannelWhitening, ConfigError, NumericalError, StatisticsError, WhitenedConv2d, WhiteningConfig
@@ -182,6 +183,40 @@ def test_a_layer_with_a_forward_of_its_own_is_refused() -> None:
     layer.forward = lambda x: x  # type: ignore[method-assign]
     with pytest.raises(ConfigError, match="got WhitenedLinear with a forward of its own"):
         netdeconv.fuse(layer.eval())
+
+
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return netdeconv.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)))
+
+
+def test_a_pruned_layer_is_refused_until_the_pruning_is_permanent() -> None:
+    model, x = small(), torch.randn(8, 3, 8, 8)
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    model(x)
+    with pytest.raises(ConfigError, match=r"got 0: WhitenedConv2d.*torch\.nn\.utils\.prune\.remove\(layer, 'weight'\)"):
+        netdeconv.fuse(model.eval())
+    prune.remove(model[0], "weight")
+    netdeconv.check_fused(model, netdeconv.fuse(model), x)
+
+
+def test_a_pruned_layer_beside_the_whitened_ones_is_refused_in_words() -> None:
+    model, x = netdeconv.convert(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), exclude="1"), torch.randn(8, 3)
+    prune.l1_unstructured(model[1], "weight", 0.5)
+    model(x)
+    with pytest.raises(ConfigError, match=r"fuse: expected a model that copy\.deepcopy can copy.*pruning"):
+        netdeconv.fuse(model.eval())
+
+
+def test_a_parametrised_layer_becomes_a_plain_one() -> None:
+    model, x = small(), torch.randn(8, 3, 8, 8)
+    nn.utils.parametrizations.weight_norm(model[0])
+    with torch.no_grad():
+        model[0].parametrizations.weight.original0 *= 2
+    model(x)
+    fused = netdeconv.fuse(model.eval())
+    assert type(fused[0]) is nn.Conv2d and list(fused.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    netdeconv.check_fused(model, fused, x)
 
 
 def test_check_fused_finds_a_difference() -> None:

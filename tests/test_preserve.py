@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -229,6 +230,7 @@ def test_flags_modes_and_random_numbers_stay() -> None:
     assert not converted.features[0].weight.requires_grad and not converted.features[0].bias.requires_grad
     assert converted.features[4].weight.requires_grad
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    converted(torch.randn(2, 3, 32, 32))  # the first run takes a look at the weights
     for module in (*model.modules(), *converted.modules()):
         assert not module._forward_hooks and not module._forward_pre_hooks
 
@@ -244,18 +246,60 @@ def test_include_and_exclude_hold() -> None:
     assert max_relative_error(layers_only(x), model(x)) < PRESERVED_TOLERANCE
 
 
-def test_a_model_that_escapes_the_hooks_is_refused() -> None:
-    class Escapes(nn.Module):
+def test_a_model_that_changes_between_runs_is_refused() -> None:
+    class Counting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.linear = nn.Linear(3, 3)
+            self.linear, self.runs = nn.Linear(3, 3), 0
 
         def forward(self, x: Tensor) -> Tensor:
-            weight = dict(self.named_parameters())["linear.weight"]  # no source analysis finds this
-            return self.linear(x) + x @ weight
+            self.runs += 1
+            return self.linear(x) * self.runs
 
     with pytest.raises(NumericalError, match=r"within 1e-03 of the old one's, got a relative difference of \d"):
-        netdeconv.convert(Escapes(), preserve=torch.randn(9, 3))
+        netdeconv.convert(Counting(), preserve=torch.randn(9, 3))
+
+
+class ByTheBatch(nn.Module):
+    """What happens to the convolution's output depends on the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.seldom = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.norm(y) if x.mean() < 1 else self.norm(y) + self.seldom(y)
+
+
+def test_every_batch_is_looked_at() -> None:
+    model = trained(ByTheBatch())
+    ordinary, rare = (torch.randn(4, 3, 5, 5, dtype=torch.float64) + shift for shift in (0, 3))
+    converted = netdeconv.convert(model, preserve=[ordinary, rare])
+    assert kinds(converted, ChannelAffine) == ["norm"]  # the second batch shows another reader
+    assert type(converted.seldom) is WhitenedConv2d
+    for x in (ordinary, rare):
+        assert max_relative_error(converted(x), model(x)) < EXACT_TOLERANCE
+
+
+def test_the_outputs_of_further_batches_are_compared() -> None:
+    class FirstTime(nn.Module):
+        """Is itself on its first three runs: on two batches, and when the first of them is run again."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.runs = nn.Linear(3, 3), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.runs += 1
+            return self.linear(x) * (1 if self.runs <= 3 else 2)
+
+    model = FirstTime().double()
+    data = [torch.randn(9, 3, dtype=torch.float64) for _ in range(2)]
+    netdeconv.convert(copy.deepcopy(model), preserve=data[:1])
+    with pytest.raises(NumericalError, match="relative difference"):
+        netdeconv.convert(model, preserve=data)
 
 
 def test_data_are_needed() -> None:

@@ -37,6 +37,11 @@ def largest_difference(path: Path, images: Tensor, expected: list[Tensor]) -> fl
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     got = [torch.from_numpy(value) for value in session.run(None, {session.get_inputs()[0].name: images.numpy()})]
+    shapes = [[tuple(value.shape) for value in values] for values in (got, expected)]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(
+            f"{path.name}: expected the network's outputs, of shapes {shapes[1]}, got {shapes[0]} in onnxruntime"
+        )
     errors = [0.0]
     for ours, theirs in zip(got, expected, strict=True):
         scale = theirs.abs().max().clamp(min=torch.finfo(theirs.dtype).tiny)

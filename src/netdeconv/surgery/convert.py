@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from netdeconv.errors import ConfigError
+from netdeconv.surgery.first_run import FirstRun
 from netdeconv.surgery.freshness import sole_readers
 from netdeconv.surgery.layers import Setting, setting_for, whitened_twin
 from netdeconv.surgery.plan import Action, ConversionPlan
@@ -18,7 +18,7 @@ from netdeconv.surgery.recognise import BatchNorm, batch_norm
 from netdeconv.surgery.rewrite import Rule, rule_for
 from netdeconv.surgery.select import Selection
 from netdeconv.surgery.survey import survey
-from netdeconv.surgery.transplant import become
+from netdeconv.surgery.transplant import become, copied
 
 if TYPE_CHECKING:
     from netdeconv.surgery.select import Pattern
@@ -46,7 +46,7 @@ def convert(
     With ``preserve``, a network to be fine-tuned: its evaluation output on any input is the old one's. Batch
     norms are folded into the layer that feeds them, where they are its only reader, and become a fixed scale
     and shift elsewhere; whitening statistics are those of the data, and weights are re-expressed so that whitening
-    cancels out. Layers that the data never reach, and layers that share their weight, stay plain.
+    cancels out. Layers that the data never reach, and layers whose weight is shared or read elsewhere, stay plain.
 
     Device, dtype, training flags, ``requires_grad``, forward and backward hooks stay, and modules and parameters
     that are shared stay shared. What could not be converted is listed by :func:`netdeconv.plan_conversion`.
@@ -65,7 +65,9 @@ def convert(
         NumericalError: with ``preserve``, the result does not compute what the old model does.
 
     Warns:
-        UserWarning: batch norms are left that nobody asked to leave; with ``preserve``, also layers.
+        UserWarning: batch norms are left that nobody asked to leave; with ``preserve``, also layers. From the new
+            model, when it first runs: something else than a whitened layer reads its weight, which no whitening
+            reaches there.
 
     Example:
         >>> import netdeconv
@@ -87,18 +89,21 @@ def converted(
     """The converted model, and what was done to it."""
     selection = Selection(include, exclude)
     survey(model, selection, rules, {})  # refuse before the work of copying
-    try:
-        new = copy.deepcopy(model)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"convert: expected a model that copy.deepcopy can copy, got {type(model).__name__}, which it cannot "
-            f"({error}). Old style weight_norm and spectral_norm are a common reason: remove them first."
-        ) from error
+    new = copied(model, "convert")
+    FirstRun.remove(new)
     plan = _rewrite(new, selection, rules)
     selection.check_used()
     _warn_of_leftovers(plan)
-    if preserve is not None:
-        return new, preserved(new, plan, whitening, preserve, call)
+    if preserve is None:
+        _from_scratch(new, plan, whitening)
+    else:
+        plan = preserved(new, plan, whitening, preserve, call)
+    FirstRun.install(new)
+    return new, plan
+
+
+def _from_scratch(new: nn.Module, plan: ConversionPlan, whitening: Setting) -> None:
+    """Carry out the plan, in place."""
     gone = bool([entry for entry in plan.where(Action.REMOVE) if entry.norm])
     modules = {entry.path: new.get_submodule(entry.path) for entry in plan}
     alone = sole_readers(new)
@@ -110,7 +115,6 @@ def converted(
             found = batch_norm(module)
             assert isinstance(found, BatchNorm)
             become(module, found.without(alone=module in alone))
-    return new, plan
 
 
 def _rewrite(model: nn.Module, selection: Selection, rules: Mapping[type, Rule] | None) -> ConversionPlan:

@@ -9,40 +9,103 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
-from netdeconv.surgery.recognise import is_layer, is_like_batch_norm
+from netdeconv.surgery.recognise import LAYERS, is_like_batch_norm, is_sequence
 from netdeconv.surgery.source import Names, bound_names, forward_functions, modules_meant
 
 __all__ = ["sole_readers"]
 
+# These may give the very numbers that they get, at the same place; dropout in evaluation.
+_HANDING_ON = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
+
 
 def sole_readers(model: nn.Module) -> set[nn.Module]:
-    """Batch norms for which every call in the source is one of
+    """Batch norms, without hooks, for which every call in the source is one of
 
     - ``bn(conv(x))``;
     - ``x = conv(x)`` and in the next statement, maybe inside ``if``, ``x = ...bn(x)...`` with no other x;
     - ``y = conv(x)`` and later ``bn(y)``, with no other y in the whole function and no loop around;
-    - the place after a layer in an ``nn.Sequential``.
+    - the place after a layer in an ``nn.Sequential`` that is only called as a whole, or where what follows is seen
+      not to work in place.
     """
     proofs: dict[nn.Module, list[bool]] = {}
+    whole = _called_as_a_whole(model)
     for module in model.modules():
         if not any(is_like_batch_norm(child) for child in module.modules() if child is not module):
             continue
-        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
-            before: nn.Module | None = None
-            for child in module:
-                if is_like_batch_norm(child):
-                    proofs.setdefault(child, []).append(_gives_new(before))
-                before = child
+        if is_sequence(module):
+            parts: list[Any] = [None, *module.children()]
+            for index, child in enumerate(parts):
+                if index and is_like_batch_norm(child):
+                    safe = module in whole or _stays([*child.children(), *parts[index + 1 :]], module is model)
+                    proofs.setdefault(child, []).append(safe and _gives_new(parts[index - 1]))
             continue
-        for function in forward_functions(module):
-            names = bound_names(function, module)
-            single = _names_of_one_reader(function, names)
-            for norm, proven in _calls(function.body, None, names, single):
+        for method in forward_functions(module):
+            names = bound_names(method, module)
+            single = _names_of_one_reader(method.tree, names)
+            for norm, proven in _calls(method.tree.body, None, names, single):
                 proofs.setdefault(norm, []).append(proven)
-    return {norm for norm, found in proofs.items() if all(found)}
+    return {norm for norm, found in proofs.items() if all(found) and not (norm._forward_pre_hooks or _hooked(norm))}
+
+
+def _called_as_a_whole(model: nn.Module) -> set[nn.Module]:
+    """Sequences that the source calls, and nowhere mentions otherwise: nobody runs their members one by one.
+
+    The model itself is not among them: users may.
+    """
+    called: set[nn.Module] = set()
+    taken: set[nn.Module] = set()
+    for module in model.modules():
+        if is_sequence(module) or not any(is_sequence(part) for part in module.modules()):
+            continue
+        for method in forward_functions(module):
+            names = bound_names(method, module)
+            harmless = set(_asking(method.tree))
+            for node in ast.walk(method.tree):
+                if isinstance(node, ast.Call):
+                    called |= set(modules_meant(node.func, names))
+                    harmless.add(node.func)
+            taken |= {
+                part
+                for node in ast.walk(method.tree)
+                if isinstance(node, (ast.Name, ast.Attribute, ast.Subscript)) and node not in harmless
+                and not isinstance(node.ctx, ast.Store)
+                for part in modules_meant(node, names)
+                if is_sequence(part)
+            }  # fmt: skip
+    whole = called - taken
+    for module in model.modules():  # parents come first
+        if is_sequence(module) and (module in whole or module is model):
+            whole |= {child for child in module.children() if child not in taken}
+    return whole
+
+
+def _stays(following: list[nn.Module], at_the_end: bool) -> bool:
+    """Whether a value is seen not to be changed in place by the modules it goes through next."""
+    for module in following:
+        if isinstance(module, _HANDING_ON) and not getattr(module, "inplace", False):
+            continue
+        known = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
+        return (known and not getattr(module, "inplace", False)) or isinstance(module, LAYERS)
+    return at_the_end
+
+
+def _asking(function: ast.FunctionDef) -> Iterator[ast.AST]:
+    """Expressions of which only is asked whether there is a module."""
+    for node in ast.walk(function):
+        if isinstance(node, (ast.If, ast.IfExp)):
+            yield node.test
+        elif isinstance(node, ast.UnaryOp):
+            yield node.operand
+        elif isinstance(node, ast.BoolOp):
+            yield from node.values
+        elif isinstance(node, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
+            yield node.left
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "len"):
+            yield from node.args
 
 
 def _calls(
@@ -105,8 +168,14 @@ def _is_new(call: ast.Call, names: Names) -> bool:
 
 
 def _gives_new(module: nn.Module | None) -> bool:
-    """Whether a module's output is a new tensor that no hook has seen."""
-    return module is not None and is_layer(module) and not (module._forward_hooks or module._backward_hooks)
+    """Whether a module's output is a new tensor that no hook has seen: torch's own forward makes one, and ours."""
+    if module is None or "forward" in vars(module) or _hooked(module):
+        return False
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in LAYERS)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._backward_hooks)
 
 
 def _targets(statement: ast.Assign) -> list[str]:

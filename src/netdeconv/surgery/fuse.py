@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,8 +13,9 @@ from netdeconv.functional import fold
 from netdeconv.nn import ChannelWhitening
 from netdeconv.nn.layer import WhitenedLayer
 from netdeconv.surgery.batches import max_relative_error, run_batch
+from netdeconv.surgery.first_run import FirstRun
 from netdeconv.surgery.layers import plain_twin
-from netdeconv.surgery.transplant import become
+from netdeconv.surgery.transplant import become, copied
 
 __all__ = ["ChannelLinear", "check_fused", "fuse"]
 
@@ -46,7 +46,8 @@ def fuse(model: Model) -> Model:
     whitened layers is copied. The old model is untouched; to train further, keep it.
 
     Raises:
-        ConfigError: the model, or a whitened layer in it, is in training mode; a layer with a forward of its own.
+        ConfigError: the model, or a whitened layer in it, is in training mode; a layer with a forward of its own, or
+            with a weight that is computed by a hook, as pruning does; a model that cannot be copied.
         StatisticsError: a whitened layer has no statistics yet.
 
     Example:
@@ -66,7 +67,10 @@ def fuse(model: Model) -> Model:
                 f"fuse: expected a model in evaluation mode, got {where} in training mode, where it whitens by the "
                 "statistics of the batch and no plain layer equals it. Call model.eval() first."
             )
-    new = copy.deepcopy(model)
+        if isinstance(module, WhitenedLayer) and not hasattr(module, "parametrizations"):
+            _check_weight(module)
+    new = copied(model, "fuse")
+    FirstRun.remove(new)
     parts: list[nn.Module] = list(new.modules())
     for part in parts:
         if isinstance(part, WhitenedLayer):
@@ -74,6 +78,17 @@ def fuse(model: Model) -> Model:
         elif isinstance(part, ChannelWhitening):
             become(part, _channel_twin(part))
     return new
+
+
+def _check_weight(layer: WhitenedLayer) -> None:
+    """A hook that computes the weight before every call would undo the folding."""
+    for name in ("weight", "bias"):
+        if name not in layer._parameters:
+            raise ConfigError(
+                f"fuse: expected whitened layers whose {name} is a parameter, got {layer.whitening.label} with one "
+                "that a hook computes (pruning, old style weight_norm). Make it permanent first, for pruning by "
+                f"torch.nn.utils.prune.remove(layer, {name!r}), or prune the fused model instead."
+            )
 
 
 def check_fused(

@@ -34,12 +34,12 @@ def plan_conversion(
     Layers and batch norms are taken as they stand in the module tree, wherever that is. Left as they are, with
     the reason in the plan: layers whose weights are read by another module's forward (attention projections of
     ``torch.nn.MultiheadAttention``, say), subclasses with a forward of their own, parametrised, quantised, lazy
-    and transposed layers.
+    and transposed layers, and the batch norms next to them, whose place no whitening takes.
 
     Args:
         model: any module.
-        include, exclude: paths (``"layer4"`` with everything inside, ``"*.conv1"``), module classes, or functions
-            of path and module. All modules by default.
+        include, exclude: paths (``"layer4"``, ``"*.conv1"``) or module classes, both with everything inside, or
+            functions of path and module. All modules by default.
         rules: for a module class a function that takes a module of it and returns plain torch modules that compute
             the same; these are then looked at in turn. ``None`` returned leaves the module.
         preserve, call: as in :func:`netdeconv.convert`, for the plan of a conversion that preserves the output: it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from netdeconv.surgery.dataflow import Watch
 from netdeconv.surgery.layers import Setting, parameter_like, setting_for, whitened_twin
 from netdeconv.surgery.modes import evaluating, fork_rng
 from netdeconv.surgery.plan import Action, ConversionPlan
+from netdeconv.surgery.reads import WeightReads
 from netdeconv.surgery.recognise import BatchNorm, batch_norm
 from netdeconv.surgery.statistics import Gatherer, input_rows, remember
 from netdeconv.surgery.transplant import become
@@ -28,6 +30,7 @@ __all__ = ["preserved", "unfold"]
 # is amplified by the condition of the roots, at most 1.5**5 = 8 per layer for 5 steps, some hundred for "eigh".
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _TOLERANCE_HALF = 0.1
+_COMPARED = 8  # batches that are kept, with their outputs, to be run again at the end
 
 
 @torch.no_grad()
@@ -46,33 +49,48 @@ def preserved(
     modules = {entry.path: model.get_submodule(entry.path) for entry in plan}
     layers = {modules[entry.path]: entry.path for entry in plan.where(Action.WHITEN)}
     norms = {modules[entry.path]: entry.path for entry in plan.where(Action.REMOVE)}
-    shared = _with_shared_parameters(model)
+    plain = dict.fromkeys(_with_shared_parameters(model) & set(layers), "it shares parameters with another module")
     twins: dict[nn.Module, Any] = {
         layer: whitened_twin(layer, setting_for(whitening, path, layer), path, True)
         for layer, path in layers.items()
-        if layer not in shared
+        if layer not in plain
     }
-    foldable = [layer for layer in twins if not _has_hooks(layer)]
-    watch = Watch(foldable, [norm for norm in norms if not _has_hooks(norm)])
+    watch = Watch(
+        [layer for layer in layers if not _has_hooks(layer)], [norm for norm in norms if not _has_hooks(norm)]
+    )
+    reads = WeightReads(model, twins)
     with evaluating(model):
-        gatherers, first, expected = _observe(model, twins, watch, data, call)
+        gatherers, seen = _observe(model, twins, watch, reads, data, call)
+        plain |= {layer: "the data never reach it" for layer in twins if not gatherers[layer].total}
+        plain |= {layer: f"its weight is read elsewhere ({place})" for layer, place in reads.found.items()}
         feeds = watch.feeds()
-        targets = {layer: _plain_parameters(layer) for layer in twins if gatherers[layer].total}
+        targets = {layer: _plain_parameters(layer) for layer in twins if layer not in plain}
         done: dict[str, tuple[Action, str]] = {}
         for norm, path in norms.items():
-            done[path] = _replace_norm(norm, feeds.get(norm), targets, layers)
+            before = [layers[layer] for layer in watch.sources(norm) if layer in plain]
+            done[path] = (
+                (Action.LEAVE, f"it normalises the output of {before[0]}, which is left")
+                if before
+                else _replace_norm(norm, feeds.get(norm), targets, layers)
+            )
         for layer, path in layers.items():
-            done[path] = _replace_layer(layer, twins.get(layer), gatherers.get(layer), targets.get(layer))
-        with fork_rng():
-            error = max_relative_error(run_batch(model, first, call), expected)
+            done[path] = (
+                (Action.LEAVE, plain[layer])
+                if layer in plain
+                else _replace_layer(layer, twins[layer], gatherers[layer], targets[layer])
+            )
+        errors = []
+        for batch, expected in seen:
+            with fork_rng():
+                errors.append(max_relative_error(run_batch(model, batch, call), expected))
     _warn_of_plain(plan, done)
     dtypes = {parameter.dtype for parameter in model.parameters()}
     tolerance = max((_TOLERANCE.get(dtype, _TOLERANCE_HALF) for dtype in dtypes), default=0.0)
-    if not error <= tolerance:
+    if not max(errors) <= tolerance:
         raise NumericalError(
             f"convert: expected the converted model's evaluation output within {tolerance:.0e} of the old one's, got a "
-            f"relative difference of {error:.1e}. A forward that uses parameters of its layers without "
-            "calling them is one reason; exclude= them. If it is rounding, convert in float32 or raise eps."
+            f"relative difference of {max(errors):.1e}. A forward that is random, or that changes the model, is one "
+            "reason; exclude= the layers it concerns. If it is rounding, convert in float32 or raise eps."
         )
     return plan.changed(done)
 
@@ -87,8 +105,10 @@ def _warn_of_plain(plan: ConversionPlan, done: dict[str, tuple[Action, str]]) ->
         warnings.warn(f"convert: left as they were, to preserve the output: {shown}.", UserWarning, stacklevel=6)
 
 
-def _observe(model: nn.Module, twins: dict[nn.Module, Any], watch: Watch, data: Any, call: Any) -> Any:
-    """Run the data; the statistics of every layer's input, the first batch and what came out of it."""
+def _observe(
+    model: nn.Module, twins: dict[nn.Module, Any], watch: Watch, reads: WeightReads, data: Any, call: Any
+) -> tuple[dict[nn.Module, Gatherer], list[tuple[Any, Any]]]:
+    """Run the data; the statistics of every layer's input, and the first batches with what came out of them."""
     gatherers = {layer: Gatherer(twin.whitening, every_position=False) for layer, twin in twins.items()}
 
     def gather(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -97,18 +117,18 @@ def _observe(model: nn.Module, twins: dict[nn.Module, Any], watch: Watch, data: 
         gatherer.add(input_rows(x, gatherer.whitening.window))
 
     handles = [layer.register_forward_pre_hook(gather, with_kwargs=True) for layer in gatherers]
-    first = expected = None
+    seen: list[tuple[Any, Any]] = []
     try:
-        rest = batches(data)
-        first = next(rest)
-        with fork_rng():
-            expected = watch.run(lambda: run_batch(model, first, call))
-        for batch in rest:
-            run_batch(model, batch, call)
+        with reads:
+            for batch in batches(data):
+                with fork_rng():
+                    output = watch.run(functools.partial(run_batch, model, batch, call))
+                if len(seen) < _COMPARED:
+                    seen.append((batch, output))
     finally:
         for handle in handles:
             handle.remove()
-    return gatherers, first, expected
+    return gatherers, seen
 
 
 def _replace_norm(
@@ -135,12 +155,8 @@ def _replace_norm(
     return Action.AFFINE, "no layer feeds it alone"
 
 
-def _replace_layer(layer: Any, twin: Any, gatherer: Gatherer | None, target: Any) -> tuple[Action, str]:
+def _replace_layer(layer: Any, twin: Any, gatherer: Gatherer, target: Any) -> tuple[Action, str]:
     """Make a layer its twin, with the remembered statistics, and weights that undo them."""
-    if twin is None or gatherer is None:
-        return Action.LEAVE, "it shares parameters with another module"
-    if target is None:
-        return Action.LEAVE, "the data never reach it"
     remember(twin.whitening, gatherer.moments(), gatherer.batches)
     weight, bias = unfold(target[0], target[1], twin.whitening)
     twin.weight = parameter_like(layer.weight, weight)

@@ -14,12 +14,27 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from netdeconv.nn import Whitening
+from netdeconv.nn import WhitenedConv1d, WhitenedConv2d, WhitenedConv3d, WhitenedLinear, Whitening
 from netdeconv.nn.layer import WhitenedLayer
 
-__all__ = ["BatchNorm", "Clone", "batch_norm", "is_layer", "is_like_batch_norm", "why_not_whiten"]
+__all__ = [
+    "LAYERS",
+    "BatchNorm",
+    "Clone",
+    "batch_norm",
+    "is_layer",
+    "is_like_batch_norm",
+    "is_quantised",
+    "is_sequence",
+    "why_not_whiten",
+]
 
 _PLAIN: tuple[type, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+# Whose forward is known.
+LAYERS: tuple[Any, ...] = (
+    *_PLAIN, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    WhitenedConv1d, WhitenedConv2d, WhitenedConv3d, WhitenedLinear,
+)  # fmt: skip
 _BATCH_NORMS: tuple[type, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # What a subclass may define and still be the same layer to everybody who calls it.
 _BUILDING = {"__init__", "__repr__", "extra_repr", "reset_parameters", "reset_running_stats", "__constants__"}
@@ -30,7 +45,12 @@ def is_layer(module: nn.Module) -> bool:
     """Whether this is some kind of convolution or linear layer."""
     name = type(module).__name__.lower()
     plain_name = not any(True for _ in module.children()) and ("conv" in name or name.endswith("linear"))
-    return isinstance(module, (*_PLAIN, _ConvTransposeNd)) or (_is_quantised(module) and plain_name)
+    return isinstance(module, (*_PLAIN, _ConvTransposeNd)) or (is_quantised(module) and plain_name)
+
+
+def is_sequence(module: nn.Module) -> bool:
+    """Whether calling this calls its members in order, each with what the one before gives."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def why_not_whiten(module: Any) -> str | None:
@@ -38,7 +58,7 @@ def why_not_whiten(module: Any) -> str | None:
     kind = type(module)
     if isinstance(module, WhitenedLayer):
         return "whitened already"
-    if _is_quantised(module):
+    if is_quantised(module):
         return "quantised: convert the floating point network and quantise that"
     if isinstance(module, _ConvTransposeNd):
         return "transposed convolutions are not supported"
@@ -101,7 +121,7 @@ def batch_norm(module: Any) -> BatchNorm | str:
     kind = type(module)
     if isinstance(module, LazyModuleMixin):
         return "lazy: run one batch through the model first, so that the shapes are known"
-    if _is_quantised(module):
+    if is_quantised(module):
         return "quantised: convert the floating point network and quantise that"
     if hasattr(module, "parametrizations"):
         return "parametrised (torch.nn.utils.parametrize)"
@@ -161,6 +181,7 @@ def _changed_members(module: nn.Module, known: tuple[type, ...]) -> str:
     return ", ".join(sorted(names))
 
 
-def _is_quantised(module: nn.Module) -> bool:
+def is_quantised(module: nn.Module) -> bool:
+    """Whether this is a class of torch's quantisation, or made for it."""
     place = type(module).__module__
     return any(part in place for part in (".quantized", "ao.nn.qat", "nn.intrinsic", "quantizable"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -65,22 +66,50 @@ def rule_for(module: nn.Module, rules: Mapping[type, Rule] | None) -> tuple[Rule
     return known
 
 
-def _from_conv_same(conv: Any) -> nn.Module:
+class Applied(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def extra_repr(self) -> str:
+        return getattr(self.function, "__name__", repr(self.function))
+
+
+def _plain_conv(conv: Any, padding: Any) -> nn.Conv2d:
+    """torch's convolution with the parameters of another."""
     plain = nn.Conv2d(
         conv.in_channels,
         conv.out_channels,
         conv.kernel_size,
         conv.stride,
-        dilation=conv.dilation,
-        groups=conv.groups,
+        padding,
+        conv.dilation,
+        conv.groups,
         bias=conv.bias is not None,
         device="meta",
     )
     plain.weight, plain.bias = conv.weight, conv.bias
-    both = nn.Sequential()
-    both.add_module("pad", SamePadding(conv.kernel_size, conv.stride, conv.dilation))
-    both.add_module("conv", plain)
-    return both
+    return plain
+
+
+def _from_conv_same(conv: Any) -> nn.Module:
+    pad = SamePadding(conv.kernel_size, conv.stride, conv.dilation)
+    return nn.Sequential(OrderedDict(pad=pad, conv=_plain_conv(conv, 0)))
+
+
+def _from_conv_norm(conv: Any) -> nn.Module:
+    parts: OrderedDict[str, nn.Module] = OrderedDict(conv=_plain_conv(conv, conv.padding))
+    if conv.norm is not None:
+        parts["norm"] = conv.norm
+    if conv.activation is not None:
+        function = conv.activation
+        parts["activation"] = function if isinstance(function, nn.Module) else Applied(function)
+    return nn.Sequential(parts)
 
 
 def _from_linear(linear: Any) -> nn.Module:
@@ -91,6 +120,7 @@ def _from_linear(linear: Any) -> nn.Module:
 
 # What a class is rewritten as, by its full name, so that its library need not be installed.
 _KNOWN: dict[str, tuple[Rule, str]] = {
+    "detectron2.layers.wrappers.Conv2d": (_from_conv_norm, "as convolution, norm and activation"),
     "timm.layers.conv2d_same.Conv2dSame": (_from_conv_same, "as padding and convolution"),
     "timm.layers.linear.Linear": (_from_linear, "as linear layer: its cast is for scripting only"),
 }

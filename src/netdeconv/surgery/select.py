@@ -18,9 +18,10 @@ Pattern: TypeAlias = "str | type | Callable[[str, nn.Module], bool]"
 class Selection:
     """Which modules ``include`` and ``exclude`` leave to be converted, and for what reason others are not.
 
-    A pattern is a path (``"layer4"``: the module and everything inside; ``*`` and ``?`` match as in file names),
-    a module class, or a function of path and module. A module is chosen when some pattern of ``include``
-    matches, ``None`` meaning all modules, and none of ``exclude``.
+    A pattern is a path (``"layer4"``; ``*`` and ``?`` match as in file names) or a module class, both with everything
+    inside what they match, or a function of path and module, which is asked about each module by itself. A module
+    is chosen when some pattern of ``include`` matches, ``None`` meaning all modules, and none of ``exclude``.
+    Modules are to be asked about in the order of ``named_modules()``.
     """
 
     def __init__(
@@ -28,7 +29,7 @@ class Selection:
     ) -> None:
         self.include = None if include is None else _listed("include", include)
         self.exclude = [] if exclude is None else _listed("exclude", exclude)
-        self._used: set[int] = set()
+        self._matched: dict[int, list[str]] = {}  # pattern -> the paths it has matched
 
     def why_not(self, path: str, module: nn.Module) -> str | None:
         """The reason this module is not chosen; ``None`` when it is."""
@@ -47,7 +48,7 @@ class Selection:
         """
         for word, patterns in (("include", self.include or []), ("exclude", self.exclude)):
             for pattern in patterns:
-                if id(pattern) not in self._used:
+                if id(pattern) not in self._matched:
                     raise ConfigError(
                         f"{word}: expected patterns that match some module of the model, got {_name(pattern)}, which "
                         "matches none. Paths are those of model.named_modules(), e.g. 'layer1.0.conv2' or 'layer1.*'."
@@ -58,11 +59,14 @@ class Selection:
             parts = path.split(".")
             found = any(fnmatch.fnmatchcase(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))
         elif isinstance(pattern, type):
-            found = isinstance(module, pattern)
+            above = self._matched.get(id(pattern), [])
+            inside = any(not place or path.startswith(f"{place}.") for place in above)
+            found = inside or isinstance(module, pattern)
+            path = above[0] if inside else path
         else:
             found = bool(pattern(path, module))
-        if found:
-            self._used.add(id(pattern))
+        if found and path not in self._matched.setdefault(id(pattern), []):
+            self._matched[id(pattern)].append(path)
         return found
 
 

@@ -12,8 +12,9 @@ from torch import nn
 from netdeconv.errors import ConfigError
 from netdeconv.nn import ChannelWhitening, Whitening
 from netdeconv.nn.layer import WhitenedLayer
+from netdeconv.surgery.flow import Flow
 from netdeconv.surgery.plan import Action, ConversionPlan, Entry
-from netdeconv.surgery.recognise import batch_norm, is_layer, is_like_batch_norm, why_not_whiten
+from netdeconv.surgery.recognise import batch_norm, is_layer, is_like_batch_norm, is_quantised, why_not_whiten
 from netdeconv.surgery.rewrite import Rule, rule_for
 from netdeconv.surgery.select import Selection
 from netdeconv.surgery.usage import read_by_others
@@ -29,24 +30,53 @@ def survey(
     """The plan of a model; ``rewritten`` says for modules that a rule has seen whether it rewrote them."""
     _check_model(model)
     read = read_by_others(model)
-    entries: list[Entry] = []
-    hidden: set[nn.Module] = set()  # inside a module that is dealt with as a whole
+    entries: dict[nn.Module, Entry] = {}
+    hidden: set[nn.Module] = set()  # inside a module that goes as a whole
+    left: dict[nn.Module, Entry] = {}  # inside a layer or batch norm that is left: that one
     for path, aliases, module in _places(model):
         entry = Entry(path, type(module).__name__, Action.KEEP, "", aliases)
-        if module not in hidden:
-            rule = None if module in rewritten else rule_for(module, rules)
-            entry = _decide(entry, module, rule is not None, selection, read)
-            if rewritten.get(module) is False:
-                entry = dataclasses.replace(entry, action=Action.LEAVE, why="left by its rule", asked=True)
-            if rule is not None and entry.action is Action.REWRITE:
-                entry = dataclasses.replace(entry, why=rule[1])
-            if entry.action is not Action.KEEP:
-                hidden |= set(module.modules())
-        elif entry.action is Action.KEEP:
-            entry = dataclasses.replace(entry, why="part of the module above")
-        entries.append(entry)
-    gone = any(entry.norm and entry.action is Action.REMOVE for entry in entries)
-    return ConversionPlan(tuple(_with_bias(entry, model, gone) for entry in entries))
+        if module in hidden:
+            entries[module] = dataclasses.replace(entry, why="part of the module above")
+            continue
+        rule = None if module in rewritten else rule_for(module, rules)
+        entry = _decide(entry, module, rule is not None, selection, read)
+        if rewritten.get(module) is False:
+            entry = dataclasses.replace(entry, action=Action.LEAVE, why="left by its rule", asked=True)
+        if rule is not None and entry.action is Action.REWRITE:
+            entry = dataclasses.replace(entry, why=rule[1])
+        if module in left and (entry.norm or is_quantised(module)) and entry.action in (Action.REMOVE, Action.WHITEN):
+            entry = _left_with(entry, f"inside {left[module].path}, which is left", left[module])
+        if entry.action is Action.LEAVE:
+            left |= dict.fromkeys(set(module.modules()) - {module} - set(left), entry)
+        elif entry.action is not Action.KEEP:
+            hidden |= set(module.modules())
+        entries[module] = entry
+    _keep_what_nothing_replaces(model, entries)
+    gone = any(entry.norm and entry.action is Action.REMOVE for entry in entries.values())
+    return ConversionPlan(tuple(_with_bias(entry, module, gone) for module, entry in entries.items()))
+
+
+def _keep_what_nothing_replaces(model: nn.Module, entries: dict[nn.Module, Entry]) -> None:
+    """Leave the batch norms of layers that stay plain: whitening takes the place of those next to whitened layers."""
+    plain = {module for module, entry in entries.items() if entry.action is Action.LEAVE and is_layer(module)}
+    removed = [module for module, entry in entries.items() if entry.action is Action.REMOVE]
+    if not (plain and removed):
+        return
+    flow = Flow(model)
+    for norm in removed:
+        before, after = flow.before[norm], flow.after[norm]
+        cause = next((layer for layer in entries if layer in before & plain), None)
+        if cause is not None:
+            why = f"it normalises the output of {entries[cause].path or 'the model'}, which is left"
+            entries[norm] = _left_with(entries[norm], why, entries[cause])
+        elif not before and after and after <= plain:
+            cause = next(layer for layer in entries if layer in after)
+            why = f"it normalises the input of {entries[cause].path}, which is left"
+            entries[norm] = _left_with(entries[norm], why, entries[cause])
+
+
+def _left_with(entry: Entry, why: str, cause: Entry) -> Entry:
+    return dataclasses.replace(entry, action=Action.LEAVE, why=why, asked=cause.asked)
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...], nn.Module]]:
@@ -96,9 +126,9 @@ def _why_kept(module: nn.Module) -> str:
     return "no convolution, linear layer or batch norm"
 
 
-def _with_bias(entry: Entry, model: nn.Module, gone: bool) -> Entry:
+def _with_bias(entry: Entry, module: Any, gone: bool) -> Entry:
     """Layers without a bias gain one where batch norms go, whose shifts stood for it."""
-    if entry.action is Action.WHITEN and gone and model.get_submodule(entry.path).bias is None:
+    if entry.action is Action.WHITEN and gone and module.bias is None:
         return dataclasses.replace(entry, why=f"{entry.why}, gains a bias")
     return entry
 

@@ -1,12 +1,17 @@
-"""Turning one module into another where it stands, so that every reference to it sees the change."""
+"""Copying a model, and turning modules into others where they stand, so that every reference sees the change."""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, TypeVar
 
 from torch import nn
 
-__all__ = ["become"]
+from netdeconv.errors import ConfigError
+
+__all__ = ["become", "copied"]
+
+Model = TypeVar("Model", bound=nn.Module)
 
 # What a module has attached to itself, beside its parameters: kept when it becomes another.
 _HOOKS = (
@@ -29,9 +34,25 @@ def become(old: nn.Module, new: nn.Module) -> None:
     ``old``'s. ``new`` must not be used afterwards.
     """
     new.train(old.training)
-    extra = {name: value for name, value in vars(old).items() if name not in vars(new)}
+    taken = {*vars(new), *new._parameters, *new._buffers, *new._modules}  # an attribute would hide these
+    extra = {name: value for name, value in vars(old).items() if name not in taken}
     hooks = {name: vars(old)[name] for name in _HOOKS if name in vars(old)}
     state: dict[str, Any] = {**extra, **vars(new), **hooks}
     old.__class__ = type(new)
     vars(old).clear()
     vars(old).update(state)
+
+
+def copied(model: Model, who: str) -> Model:
+    """A deep copy of a model, for the function ``who``.
+
+    Raises:
+        ConfigError: it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{who}: expected a model that copy.deepcopy can copy, got {type(model).__name__}, which it cannot "
+            f"({error}). Old style weight_norm and spectral_norm, and pruning, are common reasons: remove them first."
+        ) from error
