@@ -24,8 +24,8 @@ from netdeconv.lab.data import DigitsData, TensorBatches
 from netdeconv.lab.experiments import demo, demo_numbers, demo_report
 from netdeconv.lab.networks import SmallConvNet
 from netdeconv.lab.report import Page, Table
+from netdeconv.lab.run_record import with_fresh_statistics
 from netdeconv.lab.store import RunStore, read_json, write_json
-from netdeconv.lab.tasks import with_fresh_statistics
 
 TINY = ["--epochs", "1", "--seeds", "1", "--rates", "0.03", "0.1", "--batch-size", "256"]
 
@@ -141,7 +141,7 @@ def test_wrong_networks_are_refused() -> None:
 
 
 def test_splits_are_stratified_disjoint_and_fixed() -> None:
-    data, again = DigitsData(), DigitsData(shuffle_seed=5)
+    data, again = DigitsData(), DigitsData(seed=5)
     data.setup()
     again.setup()
     images = torch.cat([x.flatten(1) for x, _ in data.parts.values()])
@@ -154,7 +154,7 @@ def test_splits_are_stratified_disjoint_and_fixed() -> None:
 
 
 def test_batches_cover_everything_in_a_new_order() -> None:
-    batches = TensorBatches(torch.arange(10), batch_size=4, shuffle_seed=0)
+    batches = TensorBatches(torch.arange(10), batch_size=4, seed=0)
     first, second = (torch.cat([b[0] for b in batches]) for _ in range(2))
     assert len(batches) == 3
     assert not torch.equal(first, second)

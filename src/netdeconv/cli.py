@@ -19,6 +19,7 @@ __all__ = ["main"]
 
 # Libraries of the extra "lab", by the name they are imported with.
 _LAB = {
+    "docstring_parser",
     "jsonargparse",
     "lightning",
     "matplotlib",
@@ -26,9 +27,11 @@ _LAB = {
     "PIL",
     "scipy",
     "sklearn",
+    "tensorboard",
     "torchmetrics",
     "torchvision",
     "tqdm",
+    "yaml",
 }
 
 _USER_ERROR, _INTERRUPTED = 2, 130
@@ -43,11 +46,14 @@ class _Parser(argparse.ArgumentParser):
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A subcommand: what it is called, its arguments, and what it does; ``run`` returns the exit code."""
+    """A subcommand: what it is called, its arguments, and what it does; ``run`` returns the exit code.
+
+    Without ``add_arguments`` it reads its arguments itself: it finds them in ``arguments``, as they were given.
+    """
 
     name: str
     help: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None
     run: Callable[[argparse.Namespace], int]
 
 
@@ -57,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit code: 0 done, 2 a mistake of the user (one line on standard error says which), 130 interrupted.
     """
+    given = list(sys.argv[1:] if argv is None else argv)
+    for command in COMMANDS:
+        if command.add_arguments is None and given[:1] == [command.name]:
+            return _run(command, argparse.Namespace(arguments=given[1:]))
     parser = _Parser(prog="netdeconv", description="Network deconvolution for PyTorch.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"netdeconv {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
@@ -67,10 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             description=command.help,
             allow_abbrev=False,
         )
-        command.add_arguments(sub)
+        if command.add_arguments is not None:
+            command.add_arguments(sub)
         sub.set_defaults(command=command)
     try:
-        args = parser.parse_args(argv)
+        args = parser.parse_args(given)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     return _run(args.command, args)
@@ -187,7 +198,35 @@ def _export(args: argparse.Namespace) -> int:
     return export_command.run(args, export_onnx)
 
 
+def _training(name: str) -> Callable[[argparse.Namespace], int]:
+    def run(args: argparse.Namespace) -> int:
+        from netdeconv.lab import fit_command
+
+        return fit_command.run(name, args.arguments)
+
+    return run
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    del parser
+
+
+def _recipes(args: argparse.Namespace) -> int:
+    from netdeconv.lab import fit_command
+
+    return fit_command.run_recipes(args)
+
+
 COMMANDS = (
+    Command(
+        "fit",
+        "Train a network by a recipe: --config NAME, then options that change it. Goes on where it was stopped.",
+        None,
+        _training("fit"),
+    ),
+    Command("validate", "Evaluate a trained network on the validation part.", None, _training("validate")),
+    Command("test", "Evaluate a trained network on the test part.", None, _training("test")),
+    Command("recipes", "List the recipes for fit.", _no_arguments, _recipes),
     Command(
         "demo",
         "Train a small network on digits with batch normalisation and with network deconvolution, and compare.",

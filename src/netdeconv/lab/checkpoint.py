@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from netdeconv import ConfigError
 
-__all__ = ["Loaded", "load_checkpoint", "read_state_dict"]
+__all__ = ["Loaded", "difference", "load_checkpoint", "read_checkpoint", "read_state_dict"]
 
 
 class Loaded(NamedTuple):
@@ -24,13 +24,11 @@ class Loaded(NamedTuple):
     left_out: int
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file of ``torch.save``: the whole of it, or its entry ``"state_dict"``.
-
-    Only tensors and plain containers are unpickled, never code.
+def read_checkpoint(path: Path) -> Any:
+    """What is in a file of ``torch.save``; only tensors and plain containers are unpickled, never code.
 
     Raises:
-        ConfigError: no such file, not a file of ``torch.save``, or one with something else in it.
+        ConfigError: no such file, or not a file of ``torch.save``.
     """
     try:
         with warnings.catch_warnings():
@@ -42,6 +40,16 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a file of another kind can fail anywhere in the unpickler
         raise ConfigError(f"{path}: {_why_not_loaded(str(error))}") from error
+    return content
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file of ``torch.save``: the whole of it, or its entry ``"state_dict"``.
+
+    Raises:
+        ConfigError: see :func:`read_checkpoint`; also a file with something else in it.
+    """
+    content = read_checkpoint(path)
     state = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping):
         raise ConfigError(f"{path}: expected a state dict, got {type(state).__name__}. Save model.state_dict()")
@@ -77,11 +85,8 @@ def load_checkpoint(model: nn.Module, path: Path, *, norm: str, classes: int) ->
         raise ConfigError(f"{path}: expected one such network, got several, with the prefixes {names}. Save only one")
     prefix = max(prefixes, key=lambda prefix: (prefixes[prefix], -len(prefix)), default="")
     theirs = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    missing = [key for key in own if key not in theirs]
-    unexpected = [key for key in theirs if key not in own]
-    misshaped = [key for key in own if key in theirs and own[key].shape != theirs[key].shape]
-    if missing or unexpected or misshaped:
-        found = _first(own, theirs, missing, unexpected, misshaped)
+    missing, unexpected, misshaped = _differences(own, theirs)
+    if found := difference(own, theirs):
         remedy = _remedy(own, theirs, missing + unexpected, misshaped, norm, classes)
         raise ConfigError(f"{path}: is of another network: {found}. {remedy}")
     bad = [key for key, value in theirs.items() if not value.isfinite().all()]
@@ -89,6 +94,30 @@ def load_checkpoint(model: nn.Module, path: Path, *, norm: str, classes: int) ->
         raise ConfigError(f"{path}: expected finite values, got NaN or infinite ones in {_few(bad)}. The run diverged")
     model.load_state_dict(theirs, strict=True)
     return Loaded(prefix, len(state) - len(theirs))
+
+
+def difference(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> str | None:
+    """In words, how another state dict does not fit ours; ``None`` where it does.
+
+    The first key of each kind that does not fit is named, and how many more there are.
+    """
+    missing, unexpected, misshaped = _differences(own, theirs)
+    parts = [
+        (misshaped, lambda key: f"{key} has shape {tuple(theirs[key].shape)} instead of {tuple(own[key].shape)}"),
+        (missing, lambda key: f"{key} is missing"),
+        (unexpected, lambda key: f"{key} is unexpected"),
+    ]
+    found = [text(keys[0]) + (f" (and {len(keys) - 1} more)" if len(keys) > 1 else "") for keys, text in parts if keys]
+    return "; ".join(found) or None
+
+
+def _differences(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
+    """Keys that they lack, keys that we lack, and keys of another shape."""
+    return (
+        [key for key in own if key not in theirs],
+        [key for key in theirs if key not in own],
+        [key for key in own if key in theirs and own[key].shape != theirs[key].shape],
+    )
 
 
 def _prefixes(own: Iterable[str], theirs: Iterable[str]) -> collections.Counter[str]:
@@ -101,24 +130,6 @@ def _prefixes(own: Iterable[str], theirs: Iterable[str]) -> collections.Counter[
         for key in own
         for other in ends.get(key.rpartition(".")[2], [])
         if f".{other}".endswith(f".{key}")
-    )
-
-
-def _first(
-    own: Mapping[str, Tensor],
-    theirs: Mapping[str, Tensor],
-    missing: list[str],
-    unexpected: list[str],
-    misshaped: list[str],
-) -> str:
-    """The first key of each kind that does not fit, and how many more there are."""
-    parts = [
-        (misshaped, lambda key: f"{key} has shape {tuple(theirs[key].shape)} instead of {tuple(own[key].shape)}"),
-        (missing, lambda key: f"{key} is missing"),
-        (unexpected, lambda key: f"{key} is unexpected"),
-    ]
-    return "; ".join(
-        text(keys[0]) + (f" (and {len(keys) - 1} more)" if len(keys) > 1 else "") for keys, text in parts if keys
     )
 
 

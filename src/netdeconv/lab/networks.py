@@ -1,16 +1,120 @@
-"""Small networks for experiments that two cores can train."""
+"""Networks by name: of the zoo, of torchvision, and a small one for experiments that two cores can train."""
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
+from typing import Any
 
 from torch import nn
 
-from netdeconv import ConfigError, WhitenedConv2d, WhitenedLinear, WhiteningConfig
+from netdeconv import ConfigError, WhitenedConv2d, WhitenedLinear, WhiteningConfig, zoo
+from netdeconv.lab.names import nearest
 
-__all__ = ["NORMS", "SmallConvNet"]
+__all__ = ["NORMS", "TASKS", "SmallConvNet", "network", "network_names"]
 
-NORMS = ("bn", "nd")
+NORMS = ("bn", "nd")  # of the small network
+TASKS = ("classification", "segmentation")
+
+_TORCHVISION = "torchvision:"
+
+
+def network(
+    name: str,
+    width: float = 1.0,
+    classes: int = 10,
+    *,
+    task: str = "classification",
+    in_channels: int | None = None,
+    image_size: int | None = None,
+) -> nn.Module:
+    """A network with batch normalisation and new random weights.
+
+    Nothing is downloaded: networks of torchvision start from random weights in every part.
+
+    Args:
+        name: ``"small"``, a network of the zoo, or ``"torchvision:NAME"``.
+        width: factor on the channels; not for networks of torchvision.
+        classes: outputs.
+        task: one of :data:`TASKS`. Networks for segmentation are those of torchvision, with an auxiliary head where
+            they can have one.
+        in_channels: channels of the images; ``None`` for the network's own number, 3.
+        image_size: height and width of the images; asked for by ``"small"`` only.
+
+    Raises:
+        ConfigError: no such network, or a setting that cannot apply.
+    """
+    known = network_names(task)
+    name = name.lower()
+    if name not in known:
+        listing = [one for one in known if not one.startswith(_TORCHVISION)] or known
+        where = "a network of the zoo or torchvision:NAME" if task == "classification" else "torchvision:NAME"
+        raise ConfigError(
+            f"expected a network for {task}, {where}, got {name!r}. {nearest(name, known, listing=listing)}"
+        )
+    if not 0 < width < float("inf"):
+        raise ConfigError(f"expected a width above 0, got {width:g}")
+    if name == "small":
+        shape = {"in_channels": in_channels, "image_size": image_size, "width": max(1, round(16 * width))}
+        given: dict[str, Any] = {name: value for name, value in shape.items() if value is not None}
+        return SmallConvNet("bn", num_classes=classes, **given)
+    try:
+        if name.startswith(_TORCHVISION):
+            model = _of_torchvision(name.removeprefix(_TORCHVISION), width, classes, task)
+        else:
+            model = zoo.create(name, num_classes=classes, width=width)
+    except ValueError as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from None
+    if in_channels not in (None, 3):
+        _set_input_channels(model, name, in_channels)
+    return model
+
+
+def network_names(task: str = "classification") -> list[str]:
+    """Names that :func:`network` takes for a task; those of torchvision where it is installed."""
+    own = ["small", *zoo.NETWORKS] if task == "classification" else []
+    try:
+        from torchvision import models
+    except ModuleNotFoundError:
+        return own
+    module = models if task == "classification" else models.segmentation
+    return own + [f"{_TORCHVISION}{name}" for name in models.list_models(module=module)]
+
+
+def _of_torchvision(name: str, width: float, classes: int, task: str) -> nn.Module:
+    if width != 1:
+        raise ConfigError(
+            f"width={width:g} cannot apply to {_TORCHVISION}{name}. Leave it out, or take a network of the zoo"
+        )
+    from torchvision.models import get_model
+
+    segmentation: dict[str, Any] = {"weights_backbone": None} if task == "segmentation" else {}
+    if segmentation and not name.startswith("lraspp"):
+        segmentation["aux_loss"] = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about the random weights of old networks
+        model: nn.Module = get_model(name, weights=None, num_classes=classes, **segmentation)
+    return model
+
+
+def _set_input_channels(model: nn.Module, name: str, channels: int | None) -> None:
+    """Let the first convolution take images of so many channels, with new random weights."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d) and layer.in_channels == 3 and layer.groups == 1:
+            new = nn.Conv2d(
+                channels or 3,
+                layer.out_channels,
+                layer.kernel_size,  # type: ignore[arg-type]
+                layer.stride,  # type: ignore[arg-type]
+                layer.padding,  # type: ignore[arg-type]
+                layer.dilation,  # type: ignore[arg-type]
+                bias=layer.bias is not None,
+                padding_mode=layer.padding_mode,
+            )
+            parent, _, last = path.rpartition(".")
+            setattr(model.get_submodule(parent), last, new)
+            return
+    raise ConfigError(f"{name}: expected a convolution of 3 channels, to be given {channels}; found none")
 
 
 class SmallConvNet(nn.Sequential):

@@ -10,12 +10,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
 from torch import Tensor
 
 from netdeconv.inspect import centre_filters, mean_abs_offdiagonal
 
-__all__ = ["STYLES", "correlation_figure", "curves_figure", "filters_figure", "png"]
+__all__ = ["STYLES", "correlation_figure", "curves_figure", "filters_figure", "history_figure", "png"]
 
 # Okabe and Ito's colours stay apart for colour-blind readers; marker and dash tell them apart in grey.
 STYLES: dict[str, dict[str, Any]] = {
@@ -23,6 +23,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "nd": {"color": "#D55E00", "marker": "s"},
 }
 _PROFILE_COLOURS = ("#000000", "#009E73", "#CC79A7")
+_COLOURS = ("#0072B2", "#D55E00", *_PROFILE_COLOURS)
 _RING: dict[str, Any] = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.5, "linestyle": "none"}
 _DPI = 130
 
@@ -78,6 +79,32 @@ def curves_figure(methods: Mapping[str, Mapping[str, Any]], target: float) -> Fi
     for axes, place in ((loss, "best"), (accuracy, "lower right"), (rates, "lower left")):
         _tidy(axes)
         axes.legend(loc=place, fontsize=8, frameon=False)
+    return figure
+
+
+def history_figure(rows: Sequence[Mapping[str, float]], title: str) -> Figure:
+    """Losses and measures of one training, by epoch.
+
+    Args:
+        rows: one mapping per epoch: ``epoch``, and logged numbers named ``part/measure``.
+        title: of the picture.
+    """
+    logged = dict.fromkeys(name for row in rows for name in row if "/" in name)
+    losses = [name for name in logged if name.endswith("/loss")]
+    measures = [name for name in logged if name not in losses]
+    figure = Figure(figsize=(9.5, 4.0), dpi=_DPI, layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    epochs = [row["epoch"] for row in rows]
+    for axes, names, heading in zip(figure.subplots(1, 2), (losses, measures), ("Loss", "Measures"), strict=True):
+        for i, name in enumerate(names):
+            values = [row.get(name, np.nan) for row in rows]
+            style = {"color": _COLOURS[i % len(_COLOURS)], "marker": "os^Dv"[i % 5]}
+            axes.plot(epochs, values, label=name, markersize=3, linewidth=1.4, **style)
+        axes.set(xlabel="epoch", title=heading)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _tidy(axes)
+        if names:
+            axes.legend(fontsize=8, frameon=False)
     return figure
 
 

@@ -95,19 +95,25 @@ class StepBar(ProgressBar):
 
 
 @contextlib.contextmanager
-def quiet_lightning() -> Iterator[None]:
+def quiet_lightning(*, diverging: bool = False) -> Iterator[None]:
     """No Lightning notices about hardware and finished loops, nor whitening's about a run that diverges.
 
     All other warnings and errors still come through. What was set before is restored.
+
+    Args:
+        diverging: let whitening's warnings through.
     """
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=NonFiniteWarning)
+            if not diverging:
+                warnings.filterwarnings("ignore", category=NonFiniteWarning)
             for message in _NOT_OURS:
                 warnings.filterwarnings("ignore", message=message)
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

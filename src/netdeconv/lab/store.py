@@ -83,7 +83,8 @@ def code_fingerprint(parts: Iterable[str]) -> str:
 def versions() -> dict[str, str]:
     """Versions of everything that numbers may depend on."""
     found = {"python": platform.python_version()}
-    for package in ("netdeconv", "torch", "lightning", "torchmetrics", "scikit-learn", "numpy", "matplotlib"):
+    packages = ("torch", "torchvision", "lightning", "torchmetrics", "scikit-learn", "numpy", "matplotlib")
+    for package in ("netdeconv", *packages):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -1,140 +1,228 @@
-"""Lightning modules: what is trained, how, and what is written down while it runs."""
+"""Lightning modules: what is trained, how, and how it is measured."""
 
 from __future__ import annotations
 
-import copy
-import time
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-__all__ = ["Classification", "RunRecord", "with_fresh_statistics"]
+from netdeconv import ConfigError
+from netdeconv.lab.schedules import Schedule
+
+__all__ = ["PARTS", "VOID", "Classification", "Segmentation", "Task"]
 
 PARTS = ("validation", "test")
+VOID = 255  # label of pixels that count nowhere, as in Cityscapes
+
+_MANY_CLASSES = 100  # from here on the top-5 accuracy says something
 
 
-class Classification(LightningModule):
-    """Image classification: cross entropy, SGD with momentum, cosine schedule down to 0, per step.
+class Task(LightningModule):
+    """What classification and segmentation share: loss, optimizer, and a learning rate that falls step by step.
 
-    Logs ``train/loss``, and for each evaluation loader ``validation/...`` and ``test/...``: loss and accuracy
-    (share of images whose largest output is the right class).
+    Logs ``train/loss``, and for each evaluation loader ``validation/...`` or ``test/...``: loss and measures.
 
     Args:
-        net: images to one output per class.
-        classes: number of classes.
-        rate: learning rate at the start.
-        momentum, weight_decay: of SGD; the decay is on all parameters, as in the paper's code.
-        parts: what the evaluation loaders hold, in their order.
+        net: the network.
+        optimizer: makes the optimizer from groups of parameters, ``[{"params": ...}, ...]``.
+        schedule: of the learning rate.
+        parts: what the validation loaders hold, in their order.
+        channels_last: store images and weights with the channels last.
     """
+
+    rate_factors: Mapping[str, float] = {}  # prefix of parameter names -> factor on the learning rate
 
     def __init__(
         self,
         net: nn.Module,
         *,
-        classes: int,
-        rate: float,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
+        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        schedule: Schedule | None = None,
         parts: tuple[str, ...] = PARTS,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
-        self.net = net
-        self.rate = rate
-        self.momentum = momentum
-        self.weight_decay = weight_decay
+        self.layout = torch.channels_last if channels_last else torch.preserve_format
+        self.net = net.to(memory_format=self.layout)
+        self.optimizer = optimizer
+        self.schedule = Schedule() if schedule is None else schedule
         self.parts = parts
-        self.accuracy = nn.ModuleDict(
-            {part: MulticlassAccuracy(num_classes=classes, average="micro") for part in parts}
-        )
+        self.train_loss = MeanLoss()
+        self.train_loss.persistent(True)  # a run that goes on in mid-epoch has the mean of the whole epoch
+        measured = dict.fromkeys((*parts, "test"))
+        self.measures = nn.ModuleDict({part: nn.ModuleDict(self.make_measures()) for part in measured})
+        self.losses = nn.ModuleDict({part: MeanLoss() for part in measured})
 
-    def forward(self, x: Tensor) -> Tensor:
-        return cast("Tensor", self.net(x))
+    def make_measures(self) -> dict[str, Metric]:
+        """What to log of the evaluation outputs, by name."""
+        raise NotImplementedError
+
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        """What is minimised."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Any:
+        return self.net(x.contiguous(memory_format=self.layout) if self.layout != torch.preserve_format else x)
+
+    def scores(self, outputs: Any) -> Tensor:
+        """The part of the network's outputs that is evaluated."""
+        return cast("Tensor", outputs)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The mean loss so far is saved over all processes; when a run goes on, the first one has it."""
+        with self.train_loss.sync_context():
+            sums = {f"train_loss.{name}": value.clone() for name, value in self.train_loss.state_dict().items()}
+        checkpoint["state_dict"].update(sums)
+
+    def on_train_start(self) -> None:
+        if self.global_rank > 0:
+            self.train_loss.reset()
+
+    def on_train_epoch_start(self) -> None:
+        self.train_loss.reset()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        loss = F.cross_entropy(self(images), labels)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels))
+        images, targets = batch
+        loss = self.loss(self(images), targets)
+        self.train_loss.update(loss.detach(), len(targets))
+        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        images, labels = batch
-        part = self.parts[dataloader_idx]
+        if dataloader_idx >= len(self.parts):
+            raise ConfigError(f"expected {len(self.parts)} validation loaders, for {self.parts}, got more")
+        self._evaluate(batch, self.parts[dataloader_idx])
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor], part: str) -> None:
+        images, targets = batch
         outputs = self(images)
-        metric = cast("MulticlassAccuracy", self.accuracy[part])
-        metric.update(outputs, labels)
-        options: dict[str, Any] = {"on_epoch": True, "add_dataloader_idx": False, "batch_size": len(labels)}
-        self.log(f"{part}/loss", F.cross_entropy(outputs, labels), **options)
-        self.log(f"{part}/accuracy", metric, **options)
+        options: dict[str, Any] = {"on_epoch": True, "add_dataloader_idx": False}
+        loss = cast("MeanLoss", self.losses[part])
+        loss.update(self.loss(outputs, targets), len(targets))
+        self.log(f"{part}/loss", loss, **options)
+        for name, measure in cast("nn.ModuleDict", self.measures[part]).items():
+            cast("Metric", measure).update(self.scores(outputs), targets)
+            self.log(f"{part}/{name}", cast("Metric", measure), **options)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.SGD(
-            self.parameters(), lr=self.rate, momentum=self.momentum, weight_decay=self.weight_decay
-        )
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        optimizer = self.optimizer(self._groups())
+        for group in optimizer.param_groups:
+            group["lr"] *= group.pop("rate_factor", 1.0)
+        scheduler = self.schedule.scheduler(optimizer, lambda: self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters by the factor on their learning rate."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            factors = [factor for prefix, factor in self.rate_factors.items() if name.startswith(prefix)]
+            groups.setdefault(factors[0] if factors else 1.0, []).append(parameter)
+        return [{"params": parameters, "rate_factor": factor} for factor, parameters in sorted(groups.items())]
 
-class RunRecord(Callback):
-    """Keeps the curves of one run and the time of every training step.
 
-    A step's time runs from the batch being ready to the parameters being updated: forward, backward,
-    optimiser and Lightning's own work around them; evaluation is not in it.
+class Classification(Task):
+    """Image classification by cross entropy.
+
+    Measures accuracy, the share of images whose largest output is the right class, and from 100 classes on
+    ``accuracy5``, whose five largest have it.
 
     Args:
-        images: what :func:`with_fresh_statistics` recomputes the statistics from after the first epoch; ``None`` to
-            leave that out.
-        test: images and labels to measure that network's accuracy on.
-
-    Attributes:
-        curves: one list per logged number, one value per finished epoch.
-        step_seconds: one value per training step.
-        fresh_accuracy: accuracy after the first epoch with recomputed statistics.
+        net: images to one output per class; of several heads the first one, or ``logits``, is the network's answer.
+        classes: number of classes.
+        smoothing: label smoothing.
+        options: of :class:`Task`.
     """
 
-    def __init__(self, images: Tensor | None = None, test: tuple[Tensor, Tensor] | None = None) -> None:
-        self.images = images
-        self.test = test
-        self.fresh_accuracy = 0.0
-        self.curves: dict[str, list[float]] = {}
-        self.step_seconds: list[float] = []
-        self._start = 0.0
+    def __init__(self, net: nn.Module, *, classes: int, smoothing: float = 0.0, **options: Any) -> None:
+        self.classes = classes
+        self.smoothing = smoothing
+        super().__init__(net, **options)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._start = time.perf_counter()
+    def make_measures(self) -> dict[str, Metric]:
+        tops = {"accuracy": 1} | ({"accuracy5": 5} if self.classes >= _MANY_CLASSES else {})
+        return {
+            name: MulticlassAccuracy(num_classes=self.classes, average="micro", top_k=k) for name, k in tops.items()
+        }
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.scores(outputs), targets, label_smoothing=self.smoothing)
+
+    def scores(self, outputs: Any) -> Tensor:
+        return outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", outputs[0])
+
+
+class Segmentation(Task):
+    """A class for every pixel, by cross entropy; pixels of class 255 (void) count nowhere.
+
+    Measures ``miou``, the mean over the classes of intersection over union of all pixels, classes that neither occur
+    nor are predicted left out; and ``pixel_accuracy``.
+
+    Args:
+        net: images to ``{"out": (N, classes, H, W)}``, and in training also ``"aux"`` from an auxiliary head.
+        classes: number of classes.
+        aux_weight: of the auxiliary head's loss.
+        aux_rate_factor: on the learning rate of the auxiliary head.
+        options: of :class:`Task`.
+    """
+
+    def __init__(
+        self, net: nn.Module, *, classes: int, aux_weight: float = 0.5, aux_rate_factor: float = 10.0, **options: Any
     ) -> None:
-        self.step_seconds.append(time.perf_counter() - self._start)
+        self.classes = classes
+        self.aux_weight = aux_weight
+        self.rate_factors = {"net.aux_classifier.": aux_rate_factor}
+        super().__init__(net, **options)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for name, value in trainer.callback_metrics.items():
-            self.curves.setdefault(name, []).append(float(value))
-        if trainer.current_epoch == 0 and self.images is not None and self.test is not None:
-            net = with_fresh_statistics(cast("Classification", pl_module).net, self.images)
-            images, labels = self.test
-            with torch.no_grad():
-                self.fresh_accuracy = float((net(images).argmax(1) == labels).double().mean())
+    def make_measures(self) -> dict[str, Metric]:
+        return {
+            "miou": MulticlassJaccardIndex(num_classes=self.classes, ignore_index=VOID),
+            "pixel_accuracy": MulticlassAccuracy(num_classes=self.classes, average="micro", ignore_index=VOID),
+        }
+
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        loss = _pixel_loss(outputs["out"], targets)
+        if self.training and "aux" in outputs:
+            loss = loss + self.aux_weight * _pixel_loss(outputs["aux"], targets)
+        return loss
+
+    def scores(self, outputs: Any) -> Tensor:
+        return cast("Tensor", outputs["out"])
 
 
-def with_fresh_statistics(net: nn.Module, images: Tensor) -> nn.Module:
-    """A copy for evaluation whose normalisation statistics are those of the images, taken in one batch.
+class MeanLoss(Metric):
+    """Mean of the batches' losses, weighted by their sizes; NaN stays NaN.
 
-    The averages that a network remembers while it trains lag behind its weights, most so in the first epoch.
-    This takes the lag away, for batch normalisation and for whitening alike; the weights stay as they are.
+    torchmetrics' ``MeanMetric`` either leaves NaN out, waiting for the device at every step, or forgets the weights.
     """
-    net = copy.deepcopy(net).train()
-    for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.reset_running_stats()
-            module.momentum = None
-        elif callable(reset := getattr(module, "reset_statistics", None)):
-            reset()
-    with torch.no_grad():
-        net(images)
-    return net.eval()
+
+    higher_is_better = False
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "count"):
+            self.add_state(name, torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, count: int) -> None:
+        self.total += loss * count
+        self.count += count
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
+
+
+def _pixel_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the pixels that count; 0 where there are none."""
+    total = F.cross_entropy(outputs, targets, ignore_index=VOID, reduction="sum")
+    return total / (targets != VOID).sum().clamp(min=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import netdeconv
-from netdeconv import ConfigError, WhiteningConfig, zoo
+from netdeconv import ConfigError, WhiteningConfig
 from netdeconv.lab.benchmark.settings import MemorySettings, StepSettings
+from netdeconv.lab.networks import network
+from netdeconv.lab.norms import with_norm
 
 __all__ = ["CONTESTANTS", "Training", "device_of", "move_to_step", "network", "steady_step"]
 
@@ -26,28 +27,6 @@ CONTESTANTS = {
 
 # One batch of noise over and over would soon be learned, or diverge; a step of rate zero costs the same.
 _RATE, _MOMENTUM, _WEIGHT_DECAY = 0.0, 0.9, 5e-4
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
-def network(name: str, width: float = 1.0, classes: int = 10) -> nn.Module:
-    """A network of the zoo, or of torchvision as ``torchvision:NAME``, with new random weights.
-
-    Raises:
-        ConfigError: no such network, or a width that cannot apply.
-    """
-    library, _, known = name.rpartition(":")
-    try:
-        if not library:
-            return zoo.create(name, num_classes=classes, width=width)
-        if library != "torchvision":
-            raise ConfigError(f"expected a network of the zoo or torchvision:NAME, got {name!r}")
-        if width != 1:
-            raise ConfigError(f"width={width:g} cannot apply to {name}. Leave it out, or take a network of the zoo")
-        from torchvision.models import get_model
-
-        return get_model(known, weights=None, num_classes=classes)
-    except ValueError as error:
-        raise error if isinstance(error, ConfigError) else ConfigError(str(error)) from None
 
 
 def contestant(kind: str, settings: MemorySettings) -> tuple[nn.Module, WhiteningConfig | None]:
@@ -58,18 +37,9 @@ def contestant(kind: str, settings: MemorySettings) -> tuple[nn.Module, Whitenin
     if kind == "batchnorm":
         return base, None
     if kind == "floor":
-        return _without_norms(base), None
+        return with_norm(base, "none"), None
     config = WhiteningConfig.paper() if kind == "paper" else WhiteningConfig()
     return netdeconv.convert(base, config), config
-
-
-def _without_norms(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model)
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, _BATCH_NORMS):
-                setattr(module, name, nn.Identity())
-    return model
 
 
 class Training:

@@ -7,19 +7,22 @@ import itertools
 import math
 import statistics
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from netdeconv import ConfigError, WhiteningConfig, convert, zoo
-from netdeconv.lab.cifar import CIFAR10Data, data_root
+from netdeconv import ConfigError, zoo
+from netdeconv.lab.data import CIFAR10Data, data_root
 from netdeconv.lab.experiments.cifar_settings import METHODS, CifarSettings
+from netdeconv.lab.norms import with_norm
 from netdeconv.lab.progress import Progress, quiet_lightning
+from netdeconv.lab.run_record import RunRecord
 from netdeconv.lab.running import fit, threads
 from netdeconv.lab.store import RunStore, code_fingerprint, versions, write_json
-from netdeconv.lab.tasks import Classification, RunRecord
+from netdeconv.lab.tasks import Classification
 
 __all__ = ["run_cifar", "table"]
 
@@ -29,12 +32,16 @@ _CODE = (
     "nn",
     "zoo",
     "surgery",
-    "lab/cifar.py",
-    "lab/data.py",
+    "lab/data",
+    "lab/norms.py",
+    "lab/run_record.py",
     "lab/running.py",
+    "lab/schedules.py",
     "lab/tasks.py",
     "lab/experiments/cifar.py",
 )
+
+_MOMENTUM = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +82,7 @@ def run_cifar(out: Path, settings: CifarSettings, *, show: bool = True) -> list[
             result = found[run]
             if result is None:
                 if data is None:
-                    data = CIFAR10Data(data_root(), settings.batch_size)
+                    data = CIFAR10Data(root=data_root(), batch_size=settings.batch_size)
                     data.setup()
                 result = _train(run, settings, data, progress)
                 store.save(run.name, {**identity, **dataclasses.asdict(run)}, result)
@@ -93,27 +100,19 @@ def network(method: str, settings: CifarSettings) -> nn.Module:
         ConfigError: no such network.
     """
     try:
-        net = zoo.create(settings.network, num_classes=CIFAR10Data.classes, width=settings.width)
+        net = zoo.create(settings.network, num_classes=CIFAR10Data.num_classes, width=settings.width)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if method == "bn":
-        return net
-    return convert(net, _published if method == "paper" else None)
-
-
-def _published(path: str, layer: nn.Module) -> WhiteningConfig:
-    """The paper's blocks: 64 channels for convolutions, 512 features for linear layers."""
-    return WhiteningConfig.paper(block_size=512 if isinstance(layer, nn.Linear) else 64)
+    return with_norm(net, "nd-paper" if method == "paper" else method)
 
 
 def _train(run: Run, settings: CifarSettings, data: CIFAR10Data, progress: Progress) -> dict[str, Any]:
-    data.shuffle_seed = run.seed
+    data.seed = run.seed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         net = network(run.method, settings)
-        task = Classification(
-            net, classes=data.classes, rate=run.rate, weight_decay=settings.weight_decay, parts=("test",)
-        )
+        sgd = partial(torch.optim.SGD, lr=run.rate, momentum=_MOMENTUM, weight_decay=settings.weight_decay)
+        task = Classification(net, classes=data.num_classes, optimizer=sgd, parts=("test",))
         record = RunRecord()
         progress.start_run(run.name, settings.epochs * len(data.train_dataloader()))
         fit(task, data, epochs=settings.epochs, callbacks=[record, progress.callback()])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from netdeconv.lab.experiments import demo_report
 from netdeconv.lab.experiments.demo_settings import DemoSettings
 from netdeconv.lab.networks import NORMS, SmallConvNet
 from netdeconv.lab.progress import Progress, quiet_lightning
+from netdeconv.lab.run_record import RunRecord
 from netdeconv.lab.running import fit, threads
 from netdeconv.lab.store import RunStore, code_fingerprint, versions
-from netdeconv.lab.tasks import Classification, RunRecord
+from netdeconv.lab.tasks import Classification
 
 __all__ = ["run_demo"]
 
@@ -27,9 +29,11 @@ _CODE = (
     "config.py",
     "functional",
     "nn",
-    "lab/data.py",
+    "lab/data",
     "lab/networks.py",
+    "lab/run_record.py",
     "lab/running.py",
+    "lab/schedules.py",
     "lab/tasks.py",
     "lab/experiments/demo.py",
 )
@@ -94,13 +98,12 @@ def run_demo(out: Path, settings: DemoSettings, *, fresh: bool = False, show: bo
 
 def _train(run: Run, settings: DemoSettings, progress: Progress) -> dict[str, Any]:
     """One run, from its own seed, whatever the global generator's state."""
-    data = DigitsData(settings.batch_size, shuffle_seed=run.seed)
+    data = DigitsData(batch_size=settings.batch_size, seed=run.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
-        net = SmallConvNet(run.norm, in_channels=data.channels, num_classes=data.classes, width=settings.width)
-        task = Classification(
-            net, classes=data.classes, rate=run.rate, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
+        net = SmallConvNet(run.norm, in_channels=data.in_channels, num_classes=data.num_classes, width=settings.width)
+        sgd = partial(torch.optim.SGD, lr=run.rate, momentum=settings.momentum, weight_decay=settings.weight_decay)
+        task = Classification(net, classes=data.num_classes, optimizer=sgd)
         data.setup()
         record = RunRecord(data.parts["train"][0], data.parts["test"])
         progress.start_run(

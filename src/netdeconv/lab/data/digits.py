@@ -1,40 +1,21 @@
-"""Data sets as Lightning data modules, and the photographs that scikit-learn ships."""
+"""scikit-learn's handwritten digits, which need no network."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-__all__ = ["DigitsData", "TensorBatches", "photographs"]
+from netdeconv import ConfigError
+from netdeconv.lab.data.batches import TensorBatches
 
+__all__ = ["DigitsData"]
 
-class TensorBatches:
-    """Batches of tensors that are already in memory; a plain loop costs far less than worker processes.
-
-    Args:
-        tensors: all of the same length, e.g. images and labels.
-        batch_size: images in a batch; the last batch may be smaller.
-        shuffle_seed: a new order in every pass, the same on every machine; ``None`` keeps the order.
-    """
-
-    def __init__(self, *tensors: Tensor, batch_size: int, shuffle_seed: int | None = None) -> None:
-        self.tensors = tensors
-        self.batch_size = batch_size
-        self.generator = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
-
-    def __len__(self) -> int:
-        return -(-len(self.tensors[0]) // self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        count = len(self.tensors[0])
-        order = torch.arange(count) if self.generator is None else torch.randperm(count, generator=self.generator)
-        for chosen in order.split(self.batch_size):
-            yield tuple(t[chosen] for t in self.tensors)
+_COUNT, _SIZE = 1797, 8
 
 
 class DigitsData(LightningDataModule):
@@ -42,33 +23,47 @@ class DigitsData(LightningDataModule):
 
     Split into training, validation and test part, stratified by class and always the same for one
     ``split_seed``. Values are centred and scaled by the training part's mean and standard deviation. The
-    evaluation loaders come as a pair, validation then test: a test accuracy can be logged after every epoch
+    validation loaders come as a pair, validation then test: a test accuracy can be logged after every epoch
     without ever being used to choose anything.
 
     Args:
+        root: not used; the images come with scikit-learn.
         batch_size: of the training batches; evaluation takes a whole part at once.
-        shuffle_seed: order of the training batches.
+        seed: order of the training batches.
         split_seed: which images go to which part.
-        validation, test: number of images in these parts; the rest is for training.
+        validation: number of images for validation.
+        test: number of images for testing; the rest is for training.
+        image_size: a multiple of 8; each pixel becomes a square of them. 32 suits networks for 32x32 images.
     """
 
-    classes = 10
-    channels = 1
+    task: Literal["classification"] = "classification"
+    num_classes: int = 10
+    in_channels: int = 1
 
     def __init__(
         self,
-        batch_size: int = 64,
         *,
-        shuffle_seed: int = 0,
+        root: Path | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
         split_seed: int = 0,
         validation: int = 400,
         test: int = 400,
+        image_size: int = _SIZE,
     ) -> None:
         super().__init__()
+        if image_size < _SIZE or image_size % _SIZE:
+            raise ConfigError(f"expected an image_size that is a multiple of {_SIZE}, got {image_size}")
+        if min(validation, test, _COUNT - validation - test) < self.num_classes:
+            raise ConfigError(
+                f"expected {self.num_classes} images or more in each part of {_COUNT}, "
+                f"got validation {validation} and test {test}"
+            )
         self.batch_size = batch_size
-        self.shuffle_seed = shuffle_seed
+        self.seed = seed
         self.split_seed = split_seed
         self.sizes = (validation, test)
+        self.image_size = image_size
         self.parts: dict[str, tuple[Tensor, Tensor]] = {}
 
     def setup(self, stage: str | None = None) -> None:
@@ -88,24 +83,20 @@ class DigitsData(LightningDataModule):
             rest, test_size=validation, stratify=labels[rest], random_state=self.split_seed
         )
         mean, sd = images[train_index].mean(), images[train_index].std()
+        times = self.image_size // _SIZE
         for name, index in (("train", train_index), ("validation", val_index), ("test", test_index)):
             x = torch.from_numpy((images[index] - mean) / sd).unsqueeze(1)
+            x = x.repeat_interleave(times, 2).repeat_interleave(times, 3)
             self.parts[name] = (x, torch.from_numpy(labels[index]).long())
 
     def train_dataloader(self) -> TensorBatches:
-        return TensorBatches(*self.parts["train"], batch_size=self.batch_size, shuffle_seed=self.shuffle_seed)
+        return TensorBatches(*self.parts["train"], batch_size=self.batch_size, seed=self.seed)
 
     def val_dataloader(self) -> list[TensorBatches]:
-        return [TensorBatches(*self.parts[p], batch_size=len(self.parts[p][1])) for p in ("validation", "test")]
+        return [self._whole(part) for part in ("validation", "test")]
 
+    def test_dataloader(self) -> TensorBatches:
+        return self._whole("test")
 
-def photographs() -> Tensor:
-    """scikit-learn's two photographs (a temple, a flower), values 0 to 1.
-
-    Returns:
-        ``(2, 3, 427, 640)`` in float32.
-    """
-    from sklearn.datasets import load_sample_images
-
-    images = np.stack(load_sample_images().images)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    def _whole(self, part: str) -> TensorBatches:
+        return TensorBatches(*self.parts[part], batch_size=len(self.parts[part][1]))

@@ -1,0 +1,224 @@
+"""The commands ``netdeconv fit``, ``validate``, ``test`` and ``recipes``."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from netdeconv import ConfigError
+from netdeconv.lab.names import nearest
+from netdeconv.lab.training.folder import CONFIG, check_same_settings, find_checkpoint, note_start, write_config
+from netdeconv.lab.training.messages import in_one_line
+from netdeconv.lab.training.recipes import recipe_path, recipes
+
+if TYPE_CHECKING:
+    from netdeconv.lab.training.command_line import TrainingCLI
+
+__all__ = ["parsed", "run", "run_recipes"]
+
+_TERMINATED = 128 + signal.SIGTERM
+
+# What Lightning says of runs that go on in their folder, of short epochs, and of machines with more cores.
+_NOT_OURS = (
+    r"Checkpoint directory .* exists and is not empty",
+    r"The number of training batches .* is smaller than the logging interval",
+    r"The '.*' does not have many workers",
+    r"Experiment logs directory .* exists",
+)
+
+
+def run(command: str, arguments: Sequence[str]) -> int:
+    """Train or evaluate; the exit code.
+
+    Args:
+        command: ``"fit"``, ``"validate"`` or ``"test"``.
+        arguments: what follows it on the command line.
+
+    Raises:
+        ConfigError: a mistake of the user, or a full disk.
+        KeyboardInterrupt: on Ctrl-C, where Lightning would exit with code 1.
+    """
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    from netdeconv.lab.progress import quiet_lightning
+
+    with quiet_lightning(diverging=True), warnings.catch_warnings():
+        for message in _NOT_OURS:
+            warnings.filterwarnings("ignore", message=message)
+        cli = parsed(command, arguments)
+        if cli is None:
+            return 0
+        try:
+            return _fit(cli) if command == "fit" else _evaluate(cli, command)
+        except MisconfigurationException as error:
+            raise ConfigError(str(error)) from error
+        except RuntimeError as error:
+            if "Early stopping conditioned on metric" in str(error):
+                raise ConfigError(str(error)) from error
+            raise
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise ConfigError(
+                f"cannot write to {cli.out}: {error.strerror}. Make room. {_goes_on(cli)}"
+            ) from error
+        except SIGTERMException:
+            print(f"netdeconv {command}: asked to end. {_goes_on(cli)}", file=sys.stderr)
+            return _TERMINATED
+        except SystemExit:
+            if not cli.trainer.interrupted:
+                raise
+            print(f"\n{_goes_on(cli)}", file=sys.stderr)
+            raise KeyboardInterrupt from None
+
+
+def run_recipes(args: argparse.Namespace) -> int:
+    """List the recipes; the exit code."""
+    found = recipes()
+    width = max(map(len, found))
+    for name, text in found.items():
+        print(f"{name:<{width}}  {text}")
+    return 0
+
+
+def parsed(command: str, arguments: Sequence[str]) -> TrainingCLI | None:
+    """Data, task and trainer, not run yet; ``None`` after ``--help``.
+
+    Raises:
+        ConfigError: a mistake of the user.
+    """
+    from jsonargparse import ArgumentError
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    from netdeconv.lab.training.command_line import TrainingCLI
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # jsonargparse, of names that Lightning uses as well
+            return TrainingCLI(_with_paths(arguments), f"netdeconv {command}")
+    except SystemExit as stop:
+        if stop.code:
+            raise
+        return None
+    except ArgumentError as error:
+        raise ConfigError(in_one_line(str(error))) from error
+    except MisconfigurationException as error:
+        raise ConfigError(str(error)) from error
+
+
+def _with_paths(arguments: Sequence[str]) -> list[str]:
+    """The arguments with recipes as paths first, then the data set, which replaces another one of the recipe."""
+    configs: list[Path] = []
+    others: list[str] = []
+    out = data = None
+    waiting = iter(arguments)
+    for argument in waiting:
+        option, equals, value = argument.partition("=")
+        if option not in ("-c", "--config", "--data", "--optimizer", "--out"):
+            others.append(argument)
+            continue
+        value = value if equals else next(waiting, "")
+        if not value or value.startswith("--"):
+            raise ConfigError(f"{option}: expected a value")
+        if option in ("-c", "--config"):
+            configs.append(recipe_path(value))
+        elif option == "--data":
+            data = value
+        else:
+            others += [option, value]
+            out = value if option == "--out" else out
+        if option == "--optimizer":
+            _check_optimizer(value)
+    if not configs and out is not None and Path(out, CONFIG).is_file():
+        configs = [Path(out, CONFIG)]
+    given = [text for path in configs for text in ("--config", str(path))]
+    if data is not None and data not in map(_data_name, configs):
+        given += ["--data", json.dumps({"name": data})]
+    return given + others
+
+
+def _data_name(path: Path) -> Any:
+    """The data set that a file of settings names."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    data = content.get("data") if isinstance(content, dict) else None
+    return data.get("name") if isinstance(data, dict) else None
+
+
+def _check_optimizer(name: str) -> None:
+    """Refuse a plain name that is not one of torch's."""
+    from torch import optim
+
+    classes = [value for value in vars(optim).values() if isinstance(value, type)]
+    known = [one.__name__ for one in classes if issubclass(one, optim.Optimizer)]
+    if name.isidentifier() and name not in known:
+        raise ConfigError(f"--optimizer: torch.optim has no {name}. {nearest(name, known)}")
+
+
+def _fit(cli: TrainingCLI) -> int:
+    from netdeconv.lab.training.signature import check_checkpoint
+
+    checkpoint = find_checkpoint(cli.out, cli.ckpt_path, order=("last",))
+    trainer, module = cli.trainer, cli.model
+    parameters = sum(p.numel() for p in module.net.parameters())
+    done = None if checkpoint is None else check_checkpoint(checkpoint, module, cli.about)
+    if not cli.config.trainer.fast_dev_run:
+        check_same_settings(cli.out, cli.text)
+        if trainer.is_global_zero:
+            write_config(cli.out, cli.text)
+            note_start(
+                cli.out,
+                seed=cli.config.seed_everything,
+                checkpoint=checkpoint,
+                parameters=parameters,
+                processes=trainer.world_size,
+            )
+    if trainer.is_global_zero:
+        about = f"{cli.about['network']}, norm {cli.about['norm']}, {parameters / 1e6:.2f} M parameters"
+        begun = "" if checkpoint is None else f", going on from {checkpoint}"
+        print(f"{cli.out}: {about}, {cli.config.data['name']}{begun}", flush=True)
+    trainer.fit(module, datamodule=cli.datamodule, ckpt_path=_path(checkpoint), weights_only=True)
+    if trainer.is_global_zero and trainer.global_step == done:
+        print(f"{cli.out}: finished before, after {trainer.current_epoch} epochs; nothing was done")
+    return 0
+
+
+def _evaluate(cli: TrainingCLI, command: str) -> int:
+    from netdeconv.lab.training.signature import check_checkpoint
+
+    checkpoint = find_checkpoint(cli.out, cli.ckpt_path, order=("best", "last"))
+    if checkpoint is None and cli.ckpt_path is None:
+        raise ConfigError(f"expected a checkpoint in {cli.out}, found none. Give --out, --ckpt_path, or run fit first")
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, cli.model, cli.about)
+    evaluate: Any = getattr(cli.trainer, command)
+    results = evaluate(
+        cli.model, datamodule=cli.datamodule, ckpt_path=_path(checkpoint), weights_only=True, verbose=False
+    )
+    if cli.trainer.is_global_zero:
+        for name, value in {name: value for result in results for name, value in result.items()}.items():
+            print(f"{name} {value:.6g}")
+    return 0
+
+
+def _path(checkpoint: Path | None) -> str | None:
+    return None if checkpoint is None else str(checkpoint)
+
+
+def _goes_on(cli: TrainingCLI) -> str:
+    kept = (cli.out / "checkpoints" / "last.ckpt").is_file()
+    return (
+        f"The same command goes on from {cli.out}" if kept else f"No checkpoint was saved yet in {cli.out}"
+    )

@@ -1,0 +1,3 @@
+"""Training from the command line: settings, run folders, checkpoints, stopping and going on."""
+
+from __future__ import annotations

@@ -1,0 +1,80 @@
+"""What a training does beside the steps: seeds, and the curves on disk."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from netdeconv.lab.data.resumable import mixed
+from netdeconv.lab.store import write_whole
+
+__all__ = ["History", "SeededSteps"]
+
+
+class SeededSteps(Callback):
+    """Seeds torch before every step from the run's seed, the process, the epoch and the step.
+
+    So dropout draws the same in a run that was stopped and goes on as in one that was not.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        place = (self.seed, trainer.global_rank, trainer.current_epoch, batch_idx + 1)
+        torch.manual_seed(mixed(*place))
+
+
+class History(Callback):
+    """One row of numbers for every epoch, in ``metrics.csv`` and as curves in ``curves.png``.
+
+    The rows are part of the checkpoint: a run that goes on from it goes on with them.
+
+    Args:
+        folder: of the run.
+        title: of the picture.
+        show: print a line for every epoch where no progress bar is drawn.
+    """
+
+    def __init__(self, folder: Path, *, title: str, show: bool = True) -> None:
+        self.folder = folder
+        self.title = title
+        self.show = show
+        self.rows: list[dict[str, float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = [dict(row) for row in state_dict["rows"]]
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, "rate": float(rate)}
+        row |= {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+        self.rows = [*(old for old in self.rows if old["epoch"] < row["epoch"]), row]
+        if trainer.is_global_zero:
+            self.write()
+            if self.show and trainer.progress_bar_callback is None:
+                numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if "/" in name)
+                print(f"epoch {row['epoch']}: {numbers}", flush=True)
+
+    def write(self) -> None:
+        """Write the rows and the picture."""
+        from netdeconv.lab.plots import history_figure, png
+
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_whole(self.folder / "metrics.csv", text.getvalue().encode())
+        write_whole(self.folder / "curves.png", png(history_figure(self.rows, self.title)))

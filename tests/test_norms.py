@@ -1,0 +1,152 @@
+"""Networks by name, and their normalisation switched by name."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+import torch
+from torch import nn
+
+from netdeconv import ConfigError, WhitenedConv2d, WhitenedLinear, WhiteningConfig, zoo
+
+pytest.importorskip("torchvision")
+
+from netdeconv.lab.networks import network, network_names
+from netdeconv.lab.norms import NORMS, with_norm
+
+NORM_LAYERS = (nn.BatchNorm2d, nn.GroupNorm, nn.Identity, WhitenedConv2d, WhitenedLinear)
+
+
+def kinds(model: nn.Module) -> collections.Counter[type]:
+    return collections.Counter(type(module) for module in model.modules() if isinstance(module, NORM_LAYERS))
+
+
+@pytest.fixture(scope="module")
+def resnet() -> nn.Module:
+    return network("resnet18", 0.125)
+
+
+@pytest.mark.parametrize(
+    ("norm", "expected"),
+    [
+        ("bn", {nn.BatchNorm2d: 20}),
+        ("nd", {WhitenedConv2d: 20, WhitenedLinear: 1}),
+        ("nd-paper", {WhitenedConv2d: 20, WhitenedLinear: 1}),
+        ("nd-authors", {WhitenedConv2d: 20, WhitenedLinear: 1}),
+        ("gn", {nn.GroupNorm: 20}),
+        ("ln", {nn.GroupNorm: 20}),
+        ("in", {nn.GroupNorm: 20}),
+        ("none", {nn.Identity: 20}),
+    ],
+)
+def test_a_norm_takes_the_place_of_every_batch_norm(
+    resnet: nn.Module, norm: str, expected: dict[type, int]
+) -> None:
+    new = with_norm(resnet, norm)
+    found = kinds(new)
+    if norm == "none":
+        found -= kinds(resnet)  # the identities that the network has itself
+    else:
+        del found[nn.Identity]  # and those that conversion leaves
+    assert found == expected
+    assert kinds(resnet)[nn.BatchNorm2d] == 20
+    assert new is not resnet
+    assert new(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_every_norm_is_tried_above() -> None:
+    assert set(NORMS) == {"bn", "nd", "nd-paper", "nd-authors", "gn", "ln", "in", "none"}
+
+
+def test_groups_of_the_group_norms() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(64), nn.BatchNorm2d(48))
+    groups = {norm: [m.num_groups for m in with_norm(net, norm)] for norm in ("gn", "ln", "in")}  # type: ignore[union-attr, misc]
+    assert groups == {"gn": [32, 16], "ln": [1, 1], "in": [64, 48]}
+
+
+def test_whitening_settings_reach_every_layer(resnet: nn.Module) -> None:
+    new = with_norm(resnet, "nd", {"update_every": 4, "eps": 1e-3})
+    configs = {type(m): m.whitening.config for m in new.modules() if is_whitened(m)}
+    assert configs[WhitenedConv2d] == WhiteningConfig(update_every=4, eps=1e-3)
+    assert configs[WhitenedLinear].eps == 1e-3  # linear layers have defaults of their own for the rest
+
+
+def is_whitened(module: nn.Module) -> bool:
+    return isinstance(module, (WhitenedConv2d, WhitenedLinear))
+
+
+def test_the_published_procedure_has_larger_blocks_for_linear_layers() -> None:
+    new = with_norm(network("vgg11", 0.125), "nd-paper", name="vgg11")
+    blocks = {type(m): m.whitening.config for m in new.modules() if is_whitened(m)}
+    assert blocks == {
+        WhitenedConv2d: WhiteningConfig.paper(block_size=64),
+        WhitenedLinear: WhiteningConfig.paper(block_size=512),
+    }
+    imagenet = with_norm(nn.Sequential(nn.Linear(8, 2)), "nd-paper", name="torchvision:vgg11")
+    assert imagenet[0].whitening.config == WhiteningConfig.paper()  # type: ignore[index]
+
+
+def test_the_authors_exceptions() -> None:
+    new = with_norm(network("torchvision:resnet18"), "nd-authors", name="torchvision:resnet18")
+    left = [path for path, module in new.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    assert left == [f"layer{i}.0.downsample.1" for i in (2, 3, 4)]
+    steps = {path: m.whitening.config.num_iters for path, m in new.named_modules() if is_whitened(m)}
+    assert steps.pop("conv1") == 15
+    assert set(steps.values()) == {5}
+
+
+@pytest.mark.parametrize(
+    ("norm", "whitening", "message"),
+    [
+        ("nb", {}, "there is no nb"),
+        ("nd-papr", {}, "nearest name is nd-paper"),
+        ("bn", {"eps": 1e-3}, r"whitening\.eps cannot apply to --norm bn"),
+        ("nd", {"update_evry": 4}, r"whitening\.update_evry: .* nearest name is update_every"),
+        ("nd", {"update_every": 0}, "expected update_every a whole number"),
+    ],
+)
+def test_wrong_norms_and_settings_are_refused(norm: str, whitening: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        with_norm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), norm, whitening)
+
+
+@pytest.mark.parametrize("name", ["small", "vgg11", "mobilenet_v2"])
+def test_grey_images(name: str) -> None:
+    net = network(name, 0.125, in_channels=1, image_size=32)
+    assert net(torch.randn(2, 1, 32, 32)).shape == (2, 10)
+
+
+def test_colour_networks_are_left_as_they_are() -> None:
+    torch.manual_seed(0)
+    plain = zoo.create("vgg11", width=0.125).state_dict()
+    torch.manual_seed(0)
+    ours = network("vgg11", 0.125, in_channels=3).state_dict()
+    assert all(torch.equal(ours[key], value) for key, value in plain.items())
+
+
+def test_networks_for_segmentation_download_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a download")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", refuse)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", refuse)
+    names = network_names("segmentation")
+    assert {"torchvision:deeplabv3_resnet50", "torchvision:fcn_resnet50"} < set(names)
+    with torch.device("meta"):  # no weights to draw
+        models = {name: network(name, classes=19, task="segmentation") for name in names}
+    heads = {name: getattr(model, "aux_classifier", None) for name, model in models.items()}
+    assert all(isinstance(head, nn.Module) for name, head in heads.items() if "lraspp" not in name)
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "message"),
+    [
+        ("vgg12", "classification", "got 'vgg12'. The nearest name is vgg1"),
+        ("xyz", "classification", "There is densenet121, "),
+        ("vgg11", "segmentation", "expected a network for segmentation, torchvision:NAME, got 'vgg11'"),
+    ],
+)
+def test_unknown_networks_are_refused(name: str, task: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        network(name, task=task)
