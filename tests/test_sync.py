@@ -29,7 +29,7 @@ JOINED: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 
 def exchange(shares: list[Moments], blocks: Blocks, about: Tensor, *, autograd: bool = False) -> list[Moments]:
     """What ``joined_moments`` gives every process, with the sum over the processes taken here."""
-    where = "torch.distributed.nn.functional.all_reduce" if autograd else "torch.distributed.all_reduce"
+    where = "netdeconv.nn.sync._all_reduce" if autograd else "torch.distributed.all_reduce"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "is_initialized", lambda: True)
         patch.setattr(dist, "get_world_size", lambda group=None: len(shares))
@@ -257,7 +257,7 @@ def test_autocast_does_not_reach_the_joining() -> None:
 
 
 def test_a_process_follows_the_counters_that_were_broadcast_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = WhitenedLinear(4, 2)
+    layer = WhitenedLinear(4, 2, whitening=WhiteningConfig())
     layer.whitening.num_steps.fill_(129)  # as DistributedDataParallel writes them: in place, without a word
     layer.whitening.num_updates.fill_(40)
     monkeypatch.setattr("netdeconv.nn.whitening.distributed", lambda group: True)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Function
 
 from netdeconv.functional import Blocks, Moments
 
@@ -56,11 +57,23 @@ def _joined(moments: Moments, blocks: Blocks, about: Tensor, process_group: Any)
     return Moments(away + about, covs, moments.rows, total)
 
 
-def _all_reduce(value: Tensor, process_group: Any) -> Tensor:
-    if value.requires_grad:
-        from torch.distributed.nn.functional import all_reduce
+class _AllReduce(Function):
+    """The sum over processes. Its gradient is the sum of theirs, as each of them used the result."""
 
-        result: Tensor = all_reduce(value, group=process_group)
-        return result
-    dist.all_reduce(value, group=process_group)
-    return value
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, process_group: Any) -> Tensor:
+        ctx.process_group = process_group
+        total = value.clone()
+        dist.all_reduce(total, group=process_group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone()
+        dist.all_reduce(total, group=ctx.process_group)
+        return total, None
+
+
+def _all_reduce(value: Tensor, process_group: Any) -> Tensor:
+    total: Tensor = _AllReduce.apply(value, process_group)
+    return total
