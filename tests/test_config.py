@@ -164,6 +164,13 @@ def test_switches_are_true_or_false(name: str, value: Any) -> None:
 
 
 def test_a_cap_on_the_fixed_grid_is_refused() -> None:
-    match = r"max_samples=100 cannot apply to sampling='corner'.*Pass max_samples=None, or sampling='spread'"
+    match = r"max_samples=100 cannot apply to sampling='corner'.*Pass max_samples=None, or sampling='tiles'"
     with pytest.raises(ConfigError, match=match):
         WhiteningConfig.paper(max_samples=100)
+
+
+def test_linear_layers_get_the_published_procedure_of_their_own() -> None:
+    config = WhiteningConfig(eps=1e-3, num_iters=7).for_linear()
+    assert (config.block_size, config.update_every, config.differentiable) == (512, 1, True)
+    assert (config.eps, config.num_iters, config.sampling) == (1e-3, 7, WhiteningConfig().sampling)
+    assert config.for_linear() == config

@@ -129,7 +129,7 @@ def test_shape_arguments_and_settings_arrive() -> None:
         config = WhiteningConfig(block_size=2)
         converted = netdeconv.convert(layer, config)
         assert type(converted) is kind
-        assert converted.whitening.config is config
+        assert converted.whitening.config == (config.for_linear() if kind is WhitenedLinear else config)
         assert layer.extra_repr() in converted.extra_repr()
 
 

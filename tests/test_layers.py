@@ -147,7 +147,7 @@ def contiguous_by_reference(case: Shape, layer: Any, x: Tensor) -> Tensor:
 
 @by_shape
 def test_a_refresh_step_is_the_reference_on_all_patches(case: Shape) -> None:
-    layer, x = case.layer(STEPS), case.input()
+    layer, x = case.layer(STEPS.replace(sampling="spread")), case.input()
     y = layer(x)
     close(y, contiguous_by_reference(case, layer, x))
     plain = getattr(nn, f"Conv{len(case.size)}d")(
@@ -188,13 +188,13 @@ def test_any_shape_is_the_reference(
         block_size=block_size,
         **{"stride": stride, "dilation": dilation, "padding": padding, "groups": groups, "bias": bias},
     )
-    layer, x = case.layer(STEPS.replace(max_samples=10**6)), case.input()
+    layer, x = case.layer(STEPS.replace(max_samples=10**6, sampling="spread")), case.input()
     close(layer(x), contiguous_by_reference(case, layer, x))
 
 
 @by_shape
 def test_evaluation_is_the_plain_convolution_with_folded_parameters(case: Shape) -> None:
-    layer = case.layer(WhiteningConfig(update_every=2))
+    layer = case.layer(WhiteningConfig(update_every=2, sampling="spread"))
     for step in range(3):
         layer(case.input(seed=step))
     layer.eval()

@@ -337,4 +337,4 @@ def test_fine_tuning_on_digits_lowers_the_loss() -> None:
     converted = netdeconv.convert(model, preserve=list(images.split(64))[:4])
     assert loss(converted) == pytest.approx(before, rel=1e-4)
     epoch(converted, 0.02)
-    assert loss(converted) < before / 2
+    assert loss(converted) < before * 2 / 3

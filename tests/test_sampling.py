@@ -144,6 +144,39 @@ def test_weights_are_float32_at_least(kind: torch.dtype, expected: torch.dtype) 
     assert (sample.rows.dtype, sample.weights.dtype) == (kind, expected)
 
 
+# ---- on a grid ----------------------------------------------------------------------------------------
+
+
+@DRAWS
+@given(drawn=maps(), grid=st.integers(1, 4))
+def test_all_of_a_grid_is_the_published_one(drawn: tuple[Tensor, Window], grid: int) -> None:
+    x, window = drawn
+    sample = spread_patches(x, window, grid=grid)
+    everything = all_patches(x, window).reshape(len(x), *window.output_size(x.shape[2:]), -1)
+    for dim, length in enumerate(window.output_size(x.shape[2:]), start=1):
+        everything = everything.index_select(dim, torch.arange(0, length, grid))
+    assert torch.equal(sample.rows, everything.flatten(0, -2))
+    assert sample.weights is None
+
+
+def test_tiles_of_a_map_show_every_pixel_once() -> None:
+    # With padding 1, positions 0, 3, ..., 15 of a 3x3 kernel cover 16 pixels without overlap.
+    rows = spread_patches(numbered(1, 1, 16, 16), window_of((3, 3), padding=1), grid=3).rows
+    assert rows.shape == (36, 9)
+    assert sorted(rows[rows != 0].tolist()) == list(range(1, 257))
+
+
+def test_a_thinned_grid_keeps_its_edges_and_stands_for_the_grid() -> None:
+    # Positions 0, 3, ..., 33 of 34, the first and the last over the edge; of the ten inside every second.
+    sample = spread_patches(numbered(4, 1, 34), window_of((3,), padding=1), grid=3, max_samples=4 * 7)
+    assert sample.rows.shape == (4 * 7, 3)
+    assert sample.weights is not None
+    assert sample.weights.tolist() == [1, 2, 2, 2, 2, 2, 1] * 4
+    assert (sample.rows == 0).nonzero().tolist() == [[7 * i + j, t] for i in range(4) for j, t in ((0, 0), (6, 2))]
+    centres = (sample.rows[:, 1].reshape(4, 7) - 1) % 34
+    assert bool((centres % 3 == 0).all())
+
+
 # ---- turns ------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,9 @@ from netdeconv.functional.isqrt import SOLVERS, chosen_solver
 __all__ = ["GROUPINGS", "SAMPLINGS", "WhiteningConfig"]
 
 GROUPINGS = ("contiguous", "interleaved")
-SAMPLINGS = ("spread", "corner")
+SAMPLINGS = ("tiles", "spread", "corner")
+
+_LINEAR_BLOCK = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,11 +36,13 @@ class WhiteningConfig:
         solver: how the inverse square root is computed, see :func:`netdeconv.functional.inverse_sqrt`.
         momentum: share of the running values that one training step replaces, as in batch normalisation. A root
             after k steps replaces ``1 - (1 - momentum)**k``. ``None`` averages all steps equally.
-        sampling: ``"spread"`` looks at patches spread evenly over the map, at other places on every refresh,
-            and at all of them when they fit ``max_samples``; ``"corner"``, the published procedure, at a
-            fixed grid that starts in the top left corner (for 1x1 kernels: at every k-th row of the batch).
+        sampling: ``"tiles"`` looks at patches of a grid that starts in the top left corner, with the default
+            distance and 3x3 kernels at every pixel once; ``"spread"`` at patches spread evenly over the map. Both
+            look at all of them when they fit ``max_samples``, otherwise at others on every refresh, and are the
+            same for 1x1 kernels and linear layers. ``"corner"``, the published procedure, looks at the whole grid
+            and takes the mean from it, too (for 1x1 kernels: from every k-th row of the batch).
         sampling_stride: distance of sampled patches along every dimension, in output positions.
-        max_samples: most patches looked at in one refresh; ``None`` for no limit. With ``"spread"`` only.
+        max_samples: most patches looked at in one refresh; ``None`` for no limit. Not with ``"corner"``.
         update_every: training steps between two computations of the root; the mean is taken at every step. The
             first 16 steps compute it every time, then the distance doubles until it has reached this number.
         differentiable: let the gradient flow through mean and root where they are computed, as published.
@@ -58,7 +62,7 @@ class WhiteningConfig:
     num_iters: int = 5
     solver: str = "auto"
     momentum: float | None = 0.1
-    sampling: str = "spread"
+    sampling: str = "tiles"
     sampling_stride: int = 3
     max_samples: int | None = 4096
     update_every: int = 16
@@ -95,7 +99,7 @@ class WhiteningConfig:
         if self.sampling == "corner" and self.max_samples is not None:
             raise ConfigError(
                 f"WhiteningConfig: max_samples={self.max_samples} cannot apply to sampling='corner', which has a "
-                "fixed grid. Pass max_samples=None, or sampling='spread'."
+                "fixed grid. Pass max_samples=None, or sampling='tiles'."
             )
 
     @classmethod
@@ -119,6 +123,14 @@ class WhiteningConfig:
     def replace(self, **changes: Any) -> WhiteningConfig:
         """A copy with some settings changed, checked like a new one."""
         return dataclasses.replace(self, **changes)
+
+    def for_linear(self) -> WhiteningConfig:
+        """These settings as linear layers get them: blocks of 512, and every step's own root, with its gradient.
+
+        That is the published procedure. A batch gives a linear layer few rows, often fewer than features, so that
+        one batch's root says little about the next one's; kept roots cost accuracy there and save little time.
+        """
+        return self.replace(block_size=_LINEAR_BLOCK, update_every=1, differentiable=True)
 
     @staticmethod
     def _require_whole(name: str, value: Any) -> None:

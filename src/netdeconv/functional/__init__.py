@@ -2,6 +2,7 @@
 
 from netdeconv.functional.blocks import Blocks
 from netdeconv.functional.fold import fold
+from netdeconv.functional.gram import inverse_sqrt_of_rows
 from netdeconv.functional.isqrt import SOLVERS, inverse_sqrt
 from netdeconv.functional.moments import Moments, patch_moments
 from netdeconv.functional.patches import Window, gather_patches, mean_patch
@@ -17,6 +18,7 @@ __all__ = [
     "fold",
     "gather_patches",
     "inverse_sqrt",
+    "inverse_sqrt_of_rows",
     "mean_patch",
     "patch_moments",
     "spread_patches",

@@ -73,6 +73,11 @@ class Blocks:
         return (equal, (1, left * self.taps)) if left else (equal,)
 
     @property
+    def single(self) -> bool:
+        """Whether everything is whitened together."""
+        return self.groups == 1 and self.parts == ((1, self.group_features),)
+
+    @property
     def mean_shape(self) -> tuple[int]:
         """Shape of the remembered mean: one entry per channel and tap, or per pooled feature."""
         return (self.groups * (self.parts[0][1] if self.pool_mean else self.group_features),)

@@ -16,15 +16,19 @@ __all__ = ["Moments", "patch_moments"]
 
 class Moments(NamedTuple):
     """Moments of patches: ``mean`` flat as ``blocks.mean_shape``, one covariance per part, the rows that were
-    looked at, and how many patches they stand for (a 0-dim tensor)."""
+    looked at, and how many patches they stand for (a 0-dim tensor). In place of the covariance of few rows its
+    ``factor``: the centred rows divided by the root of their number."""
 
     mean: Tensor
     covs: tuple[Tensor, ...]
     rows: int
     total: Tensor
+    factor: Tensor | None = None
 
 
-def patch_moments(patches: Tensor, blocks: Blocks, weights: Tensor | None = None) -> Moments:
+def patch_moments(
+    patches: Tensor, blocks: Blocks, weights: Tensor | None = None, *, factored: bool = False
+) -> Moments:
     """Mean and biased covariance (divided by the number of patches) of flattened patches.
 
     ``mean = sum w x / sum w``, ``cov = sum w (x - mean)(x - mean)^T / sum w``, over the rows and, as all blocks
@@ -38,6 +42,7 @@ def patch_moments(patches: Tensor, blocks: Blocks, weights: Tensor | None = None
         patches: flattened patches.
         blocks: how they are cut.
         weights: how many patches each row stands for; ``None`` for one each.
+        factored: a factor instead of the covariance; for a single block and without weights.
 
     Source: Ye et al. 2020, algorithm 1, lines 3 and 4.
     """
@@ -48,6 +53,10 @@ def patch_moments(patches: Tensor, blocks: Blocks, weights: Tensor | None = None
     with torch.autocast(x.device.type, enabled=False):
         total = x.new_full((), rows) if weights is None else weights.sum().to(x.dtype)
         share = None if weights is None else weights.to(x.dtype) / total
+        if factored:
+            flat = x.flatten(1)
+            mean = flat.mean(0)
+            return Moments(mean, (), rows, total, (flat - mean) * rows**-0.5)
         if blocks.pool_mean:
             (part,) = blocks.split(x)
             mean = _mean(part.mean(2), share)

@@ -1,4 +1,4 @@
-"""Which patches are looked at: spread over the map with the border in its due share, or the published grid."""
+"""Which patches are looked at: spread over map or grid with the border in its due share, or the published ones."""
 
 from __future__ import annotations
 
@@ -38,31 +38,36 @@ def spread_patches(
     x: Tensor,
     window: Window,
     *,
+    grid: int = 1,
     sampling_stride: int = 1,
     max_samples: int | None = None,
     turn: Tensor | None = None,
 ) -> Sample:
-    """Patches at positions spread evenly over the map, all of them when they fit ``max_samples``.
+    """Patches at positions spread evenly over a grid on the map, all of them when they fit ``max_samples``.
 
-    On a map with more positions than that, about every ``sampling_stride``-th is taken along each dimension,
+    On a grid with more positions than that, about every ``sampling_stride``-th is taken along each dimension,
     fewer where the budget asks for it, and images are left out only when that does not suffice. Positions at
     which the window reaches over the edge are always among them, as padding makes patches that no other
     position shows: statistics that miss them would give those patches the largest gain. Rows carry the number
-    of positions they stand for, so that the moments are those of the whole map but for sampling noise.
+    of positions they stand for, so that the moments are those of the whole grid but for sampling noise.
 
     Shapes: x ``(N, C, *spatial)`` -> rows ``(rows, C * taps)`` in x's dtype, weights ``(rows,)`` or ``None``.
 
     Args:
         x: input of the convolution.
         window: what the convolution looks at.
-        sampling_stride: wanted distance of sampled positions, in output positions.
+        grid: distance of the grid's positions, in output positions, from the top left corner on.
+        sampling_stride: wanted distance of sampled positions, in positions of the grid.
         max_samples: most rows; ``None`` for no limit. At least one row per kind of border is taken all the same.
         turn: 0-dim integer tensor that counts refreshes: other positions on every turn, all of them after
             some turns. It stays on its device. ``None`` looks at the same positions every time.
     """
-    size = window.output_size(x.shape[2:])
     batch = x.shape[0]
-    zones = [_zones(length, edges) for length, edges in zip(size, window.edges(x.shape[2:]), strict=True)]
+    size = window.output_size(x.shape[2:])
+    zones = [
+        _zones(range(0, length, grid), length, edges)
+        for length, edges in zip(size, window.edges(x.shape[2:]), strict=True)
+    ]
     images, counts = _budget(batch, zones, sampling_stride, max_samples)
     offset = None if turn is None else (turn % _PERIOD).to(torch.float32)
     if images < batch:
@@ -71,6 +76,7 @@ def spread_patches(
         torch.cat(
             [start + _evenly(zone, count, offset, step, x.device) for start, zone, count in _laid_out(along, taken)]
         )
+        * grid
         for along, taken, step in zip(zones, counts, _STEPS[1:], strict=False)
     ]
     weights = None
@@ -101,11 +107,15 @@ def corner_patches(x: Tensor, window: Window, *, sampling_stride: int = 1) -> Sa
     return Sample(gather_patches(x, window, positions), None)
 
 
-def _zones(length: int, edges: tuple[int, int]) -> Zones:
-    """Sizes of the zones; on a map smaller than the window's reach the first takes what it can."""
-    before = min(edges[0], length)
-    after = min(edges[1], length - before)
-    return before, length - before - after, after
+def _zones(line: range, length: int, edges: tuple[int, int]) -> Zones:
+    """Sizes of the zones of these positions; on a map smaller than the window's reach the first takes what it can.
+
+    >>> _zones(range(0, 8, 3), 8, (1, 1)), _zones(range(0, 4, 3), 4, (1, 1)), _zones(range(0, 2, 3), 2, (1, 1))
+    ((1, 2, 0), (1, 0, 1), (1, 0, 0))
+    """
+    before = sum(position < edges[0] for position in line)
+    after = min(sum(position >= length - edges[1] for position in line), len(line) - before)
+    return before, len(line) - before - after, after
 
 
 def _budget(batch: int, zones: list[Zones], sampling_stride: int, max_samples: int | None) -> tuple[int, list[Zones]]:

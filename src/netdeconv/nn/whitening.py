@@ -14,9 +14,11 @@ from netdeconv.errors import NonFiniteWarning, StatisticsError
 from netdeconv.functional import (
     Blocks,
     Moments,
+    Sample,
     Window,
     corner_patches,
     inverse_sqrt,
+    inverse_sqrt_of_rows,
     mean_patch,
     patch_moments,
     spread_patches,
@@ -164,7 +166,7 @@ class Whitening(nn.Module):
         """Mean of this batch; root of this batch when due; remembered values in place of any that are not finite."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.differentiable):
             moments = self._moments(x if self.config.differentiable else x.detach(), due, again)
-            fresh = (moments.mean, *(self._root(cov) for cov in moments.covs))
+            fresh = (moments.mean, *self._computed_roots(moments))
             finite = torch.stack([value.isfinite().all() for value in fresh]).all()
             mean, *roots = (
                 torch.where(finite, value, running.to(value.dtype))
@@ -177,23 +179,55 @@ class Whitening(nn.Module):
     def _moments(self, x: Tensor, due: bool, again: bool) -> Moments:
         """Mean, and the covariances of a sample of patches when due."""
         config = self.config
-        options = {"sampling_stride": config.sampling_stride}
         if due and config.sampling == "corner":
-            sample = corner_patches(x, self.window, **options)
-            moments = patch_moments(sample.rows, self.blocks, sample.weights)
+            moments = self._moments_of(self.sample(x))
         else:
-            mean = self.blocks.pooled_mean(mean_patch(x, self.window))
-            seen = x.shape[0] * math.prod(self.window.output_size(x.shape[2:]))
-            moments = Moments(mean, (), x.shape[0], mean.new_full((), seen))
+            moments = self.mean_of(x)
             if due:
-                turn = self.num_updates - int(again)
-                sample = spread_patches(x, self.window, max_samples=config.max_samples, turn=turn, **options)
-                moments = patch_moments(sample.rows, self.blocks, sample.weights)._replace(mean=mean)
+                sample = self.sample(x, max_samples=config.max_samples, turn=self.num_updates - int(again))
+                moments = self._moments_of(sample)._replace(mean=moments.mean)
         return joined_moments(moments, self.blocks, self.running_mean, self.process_group) if config.sync else moments
 
-    def _root(self, cov: Tensor) -> Tensor:
-        eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
-        return inverse_sqrt(cov + self.config.eps * eye, num_iters=self.config.num_iters, solver=self.config.solver)
+    def mean_of(self, x: Tensor) -> Moments:
+        """Moments of all patches of x ``(N, C, *spatial)``, without covariances."""
+        mean = self.blocks.pooled_mean(mean_patch(x, self.window))
+        seen = x.shape[0] * math.prod(self.window.output_size(x.shape[2:]))
+        return Moments(mean, (), x.shape[0], mean.new_full((), seen))
+
+    def sample(self, x: Tensor, *, max_samples: int | None = None, turn: Tensor | None = None) -> Sample:
+        """The patches of x ``(N, C, *spatial)`` that the covariance is of, by ``config.sampling``.
+
+        Args:
+            max_samples, turn: see :func:`netdeconv.functional.spread_patches`.
+        """
+        stride = self.config.sampling_stride
+        if self.config.sampling == "corner":
+            return corner_patches(x, self.window, sampling_stride=stride)
+        if self.config.sampling == "tiles" and self.window.taps > 1:
+            return spread_patches(x, self.window, grid=stride, max_samples=max_samples, turn=turn)
+        # Without a limit every patch, where the stride would only save time.
+        wanted = stride if turn is not None else 1
+        return spread_patches(x, self.window, sampling_stride=wanted, max_samples=max_samples, turn=turn)
+
+    def _moments_of(self, sample: Sample) -> Moments:
+        """With a factor instead of the covariance where that is the shorter way to the root."""
+        short = self.blocks.single and sample.weights is None and 2 * len(sample.rows) <= self.blocks.group_features
+        alone = not (self.config.sync and distributed(self.process_group))
+        factored = short and alone and self.config.solver != "eigh"
+        return patch_moments(sample.rows, self.blocks, sample.weights, factored=factored)
+
+    def _computed_roots(self, moments: Moments) -> list[Tensor]:
+        eps, num_iters = self.config.eps, self.config.num_iters
+        if moments.factor is not None:
+            return [inverse_sqrt_of_rows(moments.factor, eps=eps, num_iters=num_iters)]
+        return [
+            inverse_sqrt(
+                cov + eps * torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device),
+                num_iters=num_iters,
+                solver=self.config.solver,
+            )
+            for cov in moments.covs
+        ]
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, roots: list[Tensor], finite: Tensor) -> None:
@@ -245,7 +279,7 @@ class Whitening(nn.Module):
 
     def _report_skipped(self) -> None:
         skipped = int(self.num_skipped)
-        if skipped > self._skipped:
+        if skipped and skipped >= 2 * self._skipped:  # at the 1st, 2nd, 4th, ..., as a diverged run skips every step
             warnings.warn(
                 f"{self.label}: expected finite input, got NaN or infinite values in "
                 f"{skipped - self._skipped} step(s), {skipped} so far. The remembered statistics were left as they "
@@ -253,7 +287,7 @@ class Whitening(nn.Module):
                 NonFiniteWarning,
                 stacklevel=2,
             )
-        self._skipped = skipped
+            self._skipped = skipped
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # A layer that refreshed at every step has saved no last root: the remembered one is the nearest to it.

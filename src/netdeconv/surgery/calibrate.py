@@ -27,9 +27,10 @@ def calibrate(
     """Replace the remembered statistics by those of the data, every patch with the same weight; returns the model.
 
     In training they are averages over the last steps, of weights that moved meanwhile, and of samples of patches.
-    Here weights stand still and every patch is looked at. In the first pass each layer whitens a batch by the
-    batch's own statistics, as in training; in each further pass by those of the pass before. After pass k they
-    are exact for the first k layers of a chain: exactly the statistics of what the layer sees in evaluation.
+    Here weights stand still, and every patch is looked at that training may look at (``config.sampling``). In the
+    first pass each layer whitens a batch by the batch's own statistics, as in training; in each further pass by
+    those of the pass before. After pass k they are exact for the first k layers of a chain: exactly the statistics
+    of what the layer sees in evaluation.
 
     Everything but the whitenings is in evaluation mode meanwhile (no dropout). Training flags are restored.
     Frozen whitenings are recomputed too, as this is an explicit wish.

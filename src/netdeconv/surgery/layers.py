@@ -25,7 +25,7 @@ _CONVS: tuple[tuple[type, Any], ...] = (
 
 
 def setting_for(setting: Setting, path: str, layer: nn.Module) -> WhiteningConfig | None:
-    """The settings of one layer.
+    """The settings of one layer: what a function says, otherwise those given, in linear layers' version for them.
 
     Raises:
         ConfigError: something else than settings was given.
@@ -36,7 +36,8 @@ def setting_for(setting: Setting, path: str, layer: nn.Module) -> WhiteningConfi
             f"convert: expected whitening a WhiteningConfig, a function of (path, layer) that returns one, or None, "
             f"got {found!r} for {path or 'the model'}."
         )
-    return found
+    linear = isinstance(layer, nn.Linear) and not callable(setting)
+    return found.for_linear() if linear and found is not None else found
 
 
 def whitened_twin(layer: Any, whitening: WhiteningConfig | None, path: str, with_bias: bool) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from netdeconv.errors import NumericalError, StatisticsError
-from netdeconv.functional import Sample, Window, inverse_sqrt, patch_moments, spread_patches
+from netdeconv.functional import Sample, Window, inverse_sqrt, patch_moments
 from netdeconv.nn import Whitening
 
 __all__ = ["Gathered", "Gatherer", "input_rows", "put", "remember", "root_of"]
@@ -32,7 +32,8 @@ class Gatherer:
 
     Args:
         whitening: the whitening that the statistics are for.
-        every_position: look at all patches; else at as many as a training step would, others for every batch.
+        every_position: take all patches that training may look at for the covariances; else as many as a training
+            step would, others for every batch. The mean is always that of all patches, but for ``"corner"``.
     """
 
     def __init__(self, whitening: Whitening, every_position: bool) -> None:
@@ -42,6 +43,8 @@ class Gatherer:
         self._about: Tensor | None = None  # sums are taken about this mean, or large means would cost digits
         self._away: Tensor | None = None
         self._squares: list[Tensor] = []
+        self._means: Tensor | None = None  # sum over all patches; None where the mean is that of the sample
+        self._seen = 0.0
 
     def add(self, x: Tensor) -> Gathered | None:
         """Take in one batch ``(N, C, *spatial)``; returns its own moments, ``None`` if it is empty."""
@@ -53,16 +56,24 @@ class Gatherer:
         self.batches += 1
         if part.total == 0:
             return None
-        own = part.moments()
-        self._add(own)
-        return own
+        self._add(part._of_sample())
+        if self.whitening.config.sampling != "corner":
+            mean, _, _, seen, _ = self.whitening.mean_of(x.double())
+            part._means, part._seen = mean * seen, float(seen)
+            self._means = part._means if self._means is None else self._means + part._means
+            self._seen += part._seen
+        return part.moments()
 
     def moments(self) -> Gathered:
-        """Moments of all patches so far.
+        """Moments of what came in so far.
 
         Raises:
-            StatisticsError: there are none.
+            StatisticsError: nothing came in.
         """
+        found = self._of_sample()
+        return found if self._means is None else found._replace(mean=self._means / self._seen)
+
+    def _of_sample(self) -> Gathered:
         if self._about is None or self._away is None:
             raise StatisticsError(
                 f"{self.whitening.label}: expected input to gather statistics from, got none. The data never reach it."
@@ -86,15 +97,14 @@ class Gatherer:
         self.total += moments.total
 
     def _samples(self, x: Tensor) -> Iterator[Sample]:
-        config, window = self.whitening.config, self.whitening.window
+        whitening = self.whitening
         if not self.every_position:
-            turn = torch.tensor(self.batches, device=x.device)
-            stride, most = config.sampling_stride, config.max_samples
-            yield spread_patches(x, window, sampling_stride=stride, max_samples=most, turn=turn)
+            yield whitening.sample(x, max_samples=whitening.config.max_samples, turn=torch.tensor(self.batches))
             return
-        each = self.whitening.blocks.channels * window.taps * math.prod(window.output_size(x.shape[2:]))
+        window = whitening.window
+        each = whitening.blocks.channels * window.taps * math.prod(window.output_size(x.shape[2:]))
         for images in x.split(max(1, _CHUNK // max(1, each))):
-            yield spread_patches(images, window)
+            yield whitening.sample(images)
 
 
 def input_rows(x: Tensor, window: Window) -> Tensor:
