@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,7 +71,11 @@ def _fingerprint(tensor: Tensor) -> Tensor:
     """One number per row, in float32 at least. NaN is never equal to itself: weights with NaN are always folded."""
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     rows = (tensor.detach().flatten(1) if tensor.dim() > 1 else tensor.detach().unsqueeze(1)).to(dtype)
-    # A low-discrepancy sequence: fixed, cheap, without a pattern that weights might share, and nowhere near zero.
-    vector = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64).mul_(0.6180339887498949).frac_().add_(0.5)
     with torch.autocast("cpu", enabled=False):
-        return rows @ vector.to(dtype)
+        return rows @ _vector(rows.shape[1], dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _vector(length: int, dtype: torch.dtype) -> Tensor:
+    """A low-discrepancy sequence: fixed, without a pattern that weights might share, and nowhere near zero."""
+    return torch.arange(1, length + 1, dtype=torch.float64).mul_(0.6180339887498949).frac_().add_(0.5).to(dtype)
