@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import shutil
@@ -20,7 +21,7 @@ from test_resume import checkpoint, rows
 pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
 
-from netdeconv.lab import store
+from netdeconv.lab import fit_command, store
 
 SETTINGS = ["--config=digits", "--width=0.25", "--trainer.accelerator=cpu", "--trainer.max_epochs=2"]
 
@@ -101,6 +102,15 @@ def test_early_stop_mixed_precision_and_channels_last(tmp_path: Path) -> None:
     assert checkpoint(tmp_path)["state_dict"]["net.conv1.weight"].dtype == torch.float32
 
 
+def test_an_epoch_without_evaluation_has_no_numbers_of_another(tmp_path: Path) -> None:
+    options = ["--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2", "--trainer.limit_train_batches=2"]
+    assert cli.main(["fit", *SETTINGS, *options, "--out", str(tmp_path)]) == 0
+    with (tmp_path / "metrics.csv").open() as file:
+        found = list(csv.DictReader(file))
+    assert [bool(row["validation/accuracy"]) for row in found] == [False, True, False]
+    assert all(row["train/loss"] for row in found)
+
+
 def test_segmentation_on_a_generated_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data_trees.cityscapes(tmp_path, each=2, height=32, width=64)
     options = [
@@ -139,7 +149,10 @@ def test_help_shows_the_options(capsys: pytest.CaptureFixture[str]) -> None:
         (["--config=digits", "--data.batch_size=many"], "--data.batch_size: expected int, got many"),
         (["--config=digits", "--whitening.update_evry=4"], "The nearest name is update_every"),
         (["--config=digits", "--trainer.max_epochs=ten"], "--trainer.max_epochs: expected int or null, got ten"),
+        (["--config=digits", "--optimizer.lr=fast"], "--optimizer.lr: expected float, got fast"),
+        (["--config=digits", "--trainer.precision=12"], "--trainer.precision: expected 64 or 32 or 16 or "),
         (["--config=digits", "--trainer.max_epoch=3"], "--trainer.max_epoch=3"),
+        (["--config=digits", "--trainer.accelerator=gpx"], "--trainer: You selected an invalid accelerator name"),
         (["--config=digits", "--schedule.name=linear"], "got 'linear'"),
         (["--config=digits", "--checkpoint.mode=best"], "expected checkpoint.mode max or min, got 'best'"),
         (["--config"], "--config: expected a value"),
@@ -166,6 +179,37 @@ def test_other_settings_are_refused_in_the_same_folder(run: Path, capsys: pytest
     assert "optimizer.init_args.lr 0.1, this one has 0.05" in complaint(capsys, *other)
     free = ["fit", *SETTINGS, "--checkpoint.every_n_steps=7", "--trainer.log_every_n_steps=1", "--out", str(run)]
     assert cli.main(free) == 0
+
+
+def test_a_folder_is_free_until_something_was_trained_in_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vgg = ["fit", "--config=digits", "--network=vgg11", "--width=0.02", "--trainer.limit_train_batches=1"]
+    options = ["--trainer.limit_val_batches=1", "--trainer.max_epochs=1", "--trainer.accelerator=cpu"]
+    command = [*vgg, *options, f"--out={tmp_path}"]
+    line = complaint(capsys, *command)  # five poolings do not fit images of 8x8
+    assert "Output size is too small. The images do not have the size that the network takes" in line
+    assert (tmp_path / "config.yaml").is_file()
+    assert cli.main([*command, "--data.image_size=32"]) == 0
+    assert "data.image_size 32, this one has 8" in complaint(capsys, *command)
+
+
+def test_batch_norm_of_one_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = ["fit", "--config=digits", "--network=torchvision:mobilenet_v3_small", "--norm=bn"]
+    one = ["--data.batch_size=1", "--trainer.max_epochs=1", "--trainer.accelerator=cpu", f"--out={tmp_path}"]
+    assert "Batch normalisation cannot train on one image" in complaint(capsys, *net, *one)
+
+
+def test_damaged_settings_in_the_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "config.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "config.yaml: is damaged" in complaint(capsys, "fit", *SETTINGS, "--out", str(run))
+    assert "config.yaml: cannot be read as YAML" in complaint(capsys, "fit", "--out", str(run))
+
+
+def test_the_data_option_wins_over_every_recipe(tmp_path: Path) -> None:
+    recipes = ["--config=digits", "--config=mnist", "--network=small", "--width=0.25"]
+    chosen: Any = fit_command.parsed("fit", [*recipes, "--data=digits", f"--out={tmp_path}"])
+    assert chosen.config.data["name"] == "digits"
 
 
 @pytest.mark.parametrize("command", ["fit", "test"])

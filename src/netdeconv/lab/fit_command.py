@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import re
 import signal
 import sys
 import warnings
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from netdeconv import ConfigError
+from netdeconv import ConfigError, ShapeError
 from netdeconv.lab.names import nearest
 from netdeconv.lab.training.folder import CONFIG, check_same_settings, find_checkpoint, note_start, write_config
 from netdeconv.lab.training.messages import in_one_line
@@ -27,13 +28,24 @@ __all__ = ["parsed", "run", "run_recipes"]
 
 _TERMINATED = 128 + signal.SIGTERM
 
-# What Lightning says of runs that go on in their folder, of short epochs, and of machines with more cores.
+# What Lightning says of runs that go on in their folder, of short epochs, of epochs without evaluation, and of machines
+# with more cores.
 _NOT_OURS = (
     r"Checkpoint directory .* exists and is not empty",
     r"The number of training batches .* is smaller than the logging interval",
+    r".* could not find the monitored key in the returned metrics",
     r"The '.*' does not have many workers",
     r"Experiment logs directory .* exists",
 )
+
+# What torch and Lightning say of settings that do not go together, and what to do then.
+_OTHER_SIZE = "The images do not have the size that the network takes: try another --data.image_size or --network"
+_OF_SETTINGS = {
+    "Early stopping conditioned on metric": "",
+    "Output size is too small|greater than actual input size|shapes cannot be multiplied": _OTHER_SIZE,
+    "Expected more than 1 value per channel": "Batch normalisation cannot train on one image: try a --data.batch_size "
+    "that leaves no single image at the end of an epoch, or another --norm",
+}
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
@@ -62,10 +74,10 @@ def run(command: str, arguments: Sequence[str]) -> int:
             return _fit(cli) if command == "fit" else _evaluate(cli, command)
         except MisconfigurationException as error:
             raise ConfigError(str(error)) from error
-        except RuntimeError as error:
-            if "Early stopping conditioned on metric" in str(error):
-                raise ConfigError(str(error)) from error
-            raise
+        except (RuntimeError, ValueError) as error:
+            if (advice := _advice(error)) is None:
+                raise
+            raise ConfigError(f"{str(error).rstrip('.')}. {advice}".strip()) from error
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -142,7 +154,8 @@ def _with_paths(arguments: Sequence[str]) -> list[str]:
     if not configs and out is not None and Path(out, CONFIG).is_file():
         configs = [Path(out, CONFIG)]
     given = [text for path in configs for text in ("--config", str(path))]
-    if data is not None and data not in map(_data_name, configs):
+    of_recipes = [name for name in map(_data_name, configs) if name is not None]
+    if data is not None and of_recipes[-1:] != [data]:
         given += ["--data", json.dumps({"name": data})]
     return given + others
 
@@ -215,6 +228,13 @@ def _evaluate(cli: TrainingCLI, command: str) -> int:
 
 def _path(checkpoint: Path | None) -> str | None:
     return None if checkpoint is None else str(checkpoint)
+
+
+def _advice(error: Exception) -> str | None:
+    """What to do about an error of torch or Lightning that settings have caused; ``None`` for all others."""
+    if isinstance(error, ShapeError):
+        return _OTHER_SIZE
+    return next((advice for pattern, advice in _OF_SETTINGS.items() if re.search(pattern, str(error))), None)
 
 
 def _goes_on(cli: TrainingCLI) -> str:

@@ -94,10 +94,9 @@ def history_figure(rows: Sequence[Mapping[str, float]], title: str) -> Figure:
     measures = [name for name in logged if name not in losses]
     figure = Figure(figsize=(9.5, 4.0), dpi=_DPI, layout="constrained")
     figure.suptitle(title, fontsize=11)
-    epochs = [row["epoch"] for row in rows]
     for axes, names, heading in zip(figure.subplots(1, 2), (losses, measures), ("Loss", "Measures"), strict=True):
         for i, name in enumerate(names):
-            values = [row.get(name, np.nan) for row in rows]
+            epochs, values = zip(*((row["epoch"], row[name]) for row in rows if name in row), strict=True)
             style = {"color": _COLOURS[i % len(_COLOURS)], "marker": "os^Dv"[i % 5]}
             axes.plot(epochs, values, label=name, markersize=3, linewidth=1.4, **style)
         axes.set(xlabel="epoch", title=heading)

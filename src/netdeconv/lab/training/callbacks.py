@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from netdeconv.lab.data.resumable import mixed
 from netdeconv.lab.store import write_whole
+from netdeconv.lab.tasks import PARTS
 
 __all__ = ["History", "SeededSteps"]
 
@@ -49,6 +50,7 @@ class History(Callback):
         self.title = title
         self.show = show
         self.rows: list[dict[str, float]] = []
+        self.evaluated = False  # in this epoch; Lightning keeps the numbers of earlier ones
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self.rows}
@@ -56,10 +58,20 @@ class History(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = [dict(row) for row in state_dict["rows"]]
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.evaluated = False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.evaluated = True
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         row = {"epoch": trainer.current_epoch + 1, "step": trainer.global_step, "rate": float(rate)}
-        row |= {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+        row |= {
+            name: float(value)
+            for name, value in sorted(trainer.callback_metrics.items())
+            if self.evaluated or name.partition("/")[0] not in PARTS
+        }
         self.rows = [*(old for old in self.rows if old["epoch"] < row["epoch"]), row]
         if trainer.is_global_zero:
             self.write()

@@ -12,6 +12,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, instant
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.optim import Optimizer
 
+from netdeconv import ConfigError
 from netdeconv.lab.schedules import Schedule
 from netdeconv.lab.training.callbacks import History, SeededSteps
 from netdeconv.lab.training.saving import FolderCheckpoint, StepCheckpoint, WholeFiles
@@ -115,7 +116,10 @@ class TrainingCLI(LightningCLI):
         if not any(name in str(config["strategy"]).lower() for name in _OWN_FILES):
             config["plugins"] = [*_listed(config["plugins"]), WholeFiles()]
         config["callbacks"] = [*_listed(config["callbacks"]), *self._callbacks(config)]
-        return self.trainer_class(**config)
+        try:
+            return self.trainer_class(**config)
+        except ValueError as error:  # e.g. names of accelerators and strategies that there are not
+            raise ConfigError(f"--trainer: {error}") from error
 
     def _callbacks(self, config: dict[str, Any]) -> list[Callback]:
         seed = self.config.seed_everything

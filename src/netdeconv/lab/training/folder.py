@@ -41,15 +41,18 @@ def write_config(folder: Path, config: str) -> None:
 def check_same_settings(folder: Path, config: str) -> None:
     """Refuse to go on in a folder that holds a run with other settings.
 
+    A run that failed before its first checkpoint and its first epoch's end, say for want of its data, binds nobody.
+
     Raises:
         ConfigError: they differ in something that the weights depend on.
     """
     path = folder / CONFIG
-    if not path.is_file():
+    begun = (folder / "metrics.csv").is_file() or find_checkpoint(folder, None, order=("last", "best")) is not None
+    if not begun or not path.is_file():
         return
     try:
-        before, now = _flat(yaml.safe_load(path.read_text())), _flat(yaml.safe_load(config))
-    except yaml.YAMLError:
+        before, now = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(yaml.safe_load(config))
+    except (UnicodeDecodeError, yaml.YAMLError):
         raise ConfigError(f"{path}: is damaged. Choose another --out, or delete {folder}") from None
     for name in {**before, **now}:
         last = name.rpartition(".")[2]
