@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import netdeconv
-from netdeconv import ConfigError, NumericalError, StatisticsError, WhiteningConfig
+from netdeconv import ConfigError, NonFiniteWarning, NumericalError, StatisticsError, WhiteningConfig
 from netdeconv.functional import corner_patches
 from netdeconv.zoo import create
 
@@ -210,3 +210,14 @@ def test_channel_whitening_is_calibrated_too() -> None:
         netdeconv.calibrate(layer, x).eval()
         white = layer(x).movedim(1, -1).reshape(-1, 3)
         torch.testing.assert_close(white.mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+def test_a_calibrated_layer_warns_of_new_batches_that_are_not_finite() -> None:
+    layer = netdeconv.WhitenedLinear(4, 2)
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(NonFiniteWarning):
+        for factor in (1.0, *[torch.nan] * 8):
+            layer(x * factor)
+    netdeconv.calibrate(layer, x)
+    with pytest.warns(NonFiniteWarning, match=r"in 1 step\(s\), 1 so far"):
+        layer(x * torch.nan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from netdeconv import WhitenedConv2d
 from netdeconv import reference as ref
 from netdeconv.functional import Blocks, Window, fold
 
@@ -151,3 +153,32 @@ def test_the_gradient_is_right(groups: int, block_size: int, grouping: str) -> N
         return fold(weight, bias, mean, [symmetric(root) for root in roots], blocks)
 
     assert torch.autograd.gradcheck(run, leaves)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # torch.jit
+def test_forward_mode_and_nested_gradients_agree_with_backward_mode() -> None:
+    blocks = Blocks.plan(4, PIXEL, 1, 2, "contiguous")
+    mean, roots = drawn_state(blocks)
+    bias = randn(3, seed=4)
+
+    def energy(weight: Tensor) -> Tensor:
+        folded, shifted = fold(weight, bias, mean, roots, blocks)
+        return folded.square().sum() + shifted.square().sum()
+
+    weight = randn(3, 4, 1, seed=5)
+    known = torch.autograd.functional.hessian(energy, weight)
+    torch.testing.assert_close(torch.func.hessian(energy)(weight), known, **TIGHT)
+    torch.testing.assert_close(torch.func.jacfwd(energy)(weight), torch.func.jacrev(energy)(weight), **TIGHT)
+    many = torch.stack([weight, 2 * weight])
+    torch.testing.assert_close(torch.func.vmap(energy)(many), torch.stack([energy(w) for w in many]), **TIGHT)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # torch.jit
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_traced_layer_can_be_saved(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer, x = WhitenedConv2d(3, 4, 3), torch.randn(2, 3, 5, 5)
+    layer(x)
+    traced = torch.jit.trace(layer.eval(), x, check_trace=False)
+    traced.save(str(tmp_path / "layer.pt"))
+    torch.testing.assert_close(torch.jit.load(str(tmp_path / "layer.pt"))(x), layer(x))

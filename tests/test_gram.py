@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from netdeconv import WhitenedLinear, WhiteningConfig
+from netdeconv import ShapeError, WhitenedLinear, WhiteningConfig
 from netdeconv.functional import Blocks, Window, inverse_sqrt, inverse_sqrt_of_rows, patch_moments
 
 
@@ -42,6 +42,31 @@ def test_scale_goes_out_by_its_inverse(scale: float) -> None:
     x = drawn(16, 64, torch.float32)
     root = inverse_sqrt_of_rows(x * scale, eps=0.0) * scale
     torch.testing.assert_close(root, inverse_sqrt_of_rows(x, eps=0.0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e-5, 1e-2, 1e8])
+@pytest.mark.parametrize("constant", [False, True])
+def test_eps_beside_rows_of_any_size(scale: float, constant: bool) -> None:
+    x = drawn(4, 16, torch.float32) * scale
+    if constant:
+        x = (x[:1] * 1e-3).repeat(4, 1)
+    root = inverse_sqrt_of_rows(x, eps=1e-5)
+    torch.testing.assert_close(root.double(), by_the_covariance(x.double(), 1e-5, 5), rtol=1e-3, atol=1e-9)
+
+
+def test_zeros_without_eps_have_a_finite_gradient() -> None:
+    x = torch.zeros(3, 16, requires_grad=True)
+    inverse_sqrt_of_rows(x, eps=0.0).sum().backward()
+    assert x.grad is not None
+    assert bool(x.grad.isfinite().all())
+
+
+def test_what_cannot_be_is_refused_in_words() -> None:
+    for wrong in (torch.ones(3), torch.ones(0, 3), torch.ones(3, 0)):
+        with pytest.raises(ShapeError, match="at least one of each"):
+            inverse_sqrt_of_rows(wrong, eps=1e-5)
+    with pytest.raises(ValueError, match="num_iters >= 1, got 0"):
+        inverse_sqrt_of_rows(torch.ones(2, 3), eps=1e-5, num_iters=0)
 
 
 def test_rows_of_zeros_give_a_multiple_of_the_identity() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from netdeconv import ChannelWhitening, NonFiniteWarning, WhitenedConv2d, WhitenedLinear, WhiteningConfig
 from netdeconv.functional import Blocks, Moments, Window, patch_moments
-from netdeconv.nn.sync import distributed, joined_moments
+from netdeconv.nn.sync import _all_reduce, distributed, joined_moments
 
 DRAWS = settings(deadline=None, derandomize=True, max_examples=40)
 
@@ -111,6 +111,17 @@ def test_the_gradient_reaches_every_share_and_an_empty_one_takes_part() -> None:
     torch.testing.assert_close(ours, known, **JOINED)
 
 
+def test_a_gradient_of_a_gradient_is_summed_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two processes with v and v': both have S = v + v', the gradient of both their S**2 is g = 4 (v + v'), and that
+    # of both their g is 8.
+    monkeypatch.setattr(dist, "all_reduce", lambda value, group=None: value.mul_(2))
+    v = torch.tensor([1.0, 3.0], requires_grad=True)
+    (first,) = torch.autograd.grad(_all_reduce(v, None).square().sum(), v, create_graph=True)
+    assert first.tolist() == [8, 24]
+    (second,) = torch.autograd.grad(first.sum(), v)
+    assert second.tolist() == [8, 8]
+
+
 def test_alone_nothing_is_exchanged() -> None:
     blocks = Blocks.plan(3, Window(), 1, 64, "contiguous")
     moments = patch_moments(rows(5, 3), blocks)
@@ -125,6 +136,12 @@ STEPS = 18  # the last one without a refresh, where update_every allows
 EVERYWHERE = {"max_samples": None, "sampling_stride": 1, "update_every": 2}
 LAYERS: dict[str, Any] = {
     "conv": (WhitenedConv2d, (5, 4, 3), {"padding": 1}, WhiteningConfig(block_size=2, **EVERYWHERE)),
+    "tiles": (
+        WhitenedConv2d,
+        (5, 8, 7),
+        {"padding": 1},
+        WhiteningConfig(block_size=2, max_samples=None, update_every=2),
+    ),
     "grouped": (
         WhitenedConv2d,
         (6, 4, 3),

@@ -37,7 +37,7 @@ class WhiteningConfig:
         momentum: share of the running values that one training step replaces, as in batch normalisation. A root
             after k steps replaces ``1 - (1 - momentum)**k``. ``None`` averages all steps equally.
         sampling: ``"tiles"`` looks at patches of a grid that starts in the top left corner, with the default
-            distance and 3x3 kernels at every pixel once; ``"spread"`` at patches spread evenly over the map. Both
+            distance 3x3 kernels tile the map with them; ``"spread"`` at patches spread evenly over the map. Both
             look at all of them when they fit ``max_samples``, otherwise at others on every refresh, and are the
             same for 1x1 kernels and linear layers. ``"corner"``, the published procedure, looks at the whole grid
             and takes the mean from it, too (for 1x1 kernels: from every k-th row of the batch).

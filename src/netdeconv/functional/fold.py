@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import Function, FunctionCtx
 
 if TYPE_CHECKING:
@@ -34,24 +35,34 @@ def fold(
     with torch.autocast(weight.device.type, enabled=False):
         grouped = weight.to(dtype).reshape(blocks.groups, -1, blocks.group_features)
         spread = blocks.spread_mean(mean.to(dtype))
-        folded, shift = _Fold.apply(blocks, grouped, spread, *(root.to(dtype) for root in roots))
+        fold_in = _plain_fold if _watched() else _Fold.apply
+        folded, shift = fold_in(blocks, grouped, spread, *(root.to(dtype) for root in roots))
         shifted = -shift.flatten() if bias is None else bias.to(dtype) - shift.flatten()
     return folded.reshape(weight.shape).to(weight.dtype), shifted.to(weight.dtype)
 
 
+def _plain_fold(blocks: Blocks, grouped: Tensor, mean: Tensor, *roots: Tensor) -> tuple[Tensor, Tensor]:
+    """``w -> (D w, mean D w)`` for every group."""
+    folded = _times_roots(grouped, roots, blocks)
+    return folded, (folded @ mean.unsqueeze(-1)).squeeze(-1)
+
+
+def _watched() -> bool:
+    """Whether something looks on that knows torch's operators only: torch.func, forward-mode gradients, a tracer."""
+    if torch.compiler.is_compiling():
+        return False
+    functions = torch._C._functorch.peek_interpreter_stack() is not None
+    return functions or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+
+
 class _Fold(Function):
-    """``w -> (D w, mean D w)`` for every group, with as few passes over the weights backwards as forwards.
+    """:func:`_plain_fold`, with as few passes over the weights backwards as forwards.
 
     The gradient of w is that of its first result plus an outer product, times D; recorded step by step, the outer
     product would be written out and added up in three more passes.
     """
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(blocks: Blocks, grouped: Tensor, mean: Tensor, *roots: Tensor) -> tuple[Tensor, Tensor]:
-        folded = _times_roots(grouped, roots, blocks)
-        return folded, (folded @ mean.unsqueeze(-1)).squeeze(-1)
+    forward = staticmethod(_plain_fold)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

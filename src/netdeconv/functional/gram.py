@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from netdeconv.errors import ShapeError
+from netdeconv.functional.isqrt import too_many_for_tf32
+
 __all__ = ["inverse_sqrt_of_rows"]
 
 
@@ -38,16 +41,29 @@ def inverse_sqrt_of_rows(rows: Tensor, *, eps: float, num_iters: int = 5) -> Ten
 
     Shapes: rows ``(rows, features)`` -> ``(features, features)``, in float32 at least. Differentiable.
 
+    Raises:
+        ShapeError: rows is not a matrix, or empty.
+        ValueError: num_iters < 1.
+
     Source: Ye et al. 2020, section 3.3, for the iteration; that it runs on the Gram matrix is ours.
     """
+    if rows.dim() != 2 or rows.numel() == 0:
+        raise ShapeError(
+            f"inverse_sqrt_of_rows: expected rows of shape (rows, features), at least one of each, got "
+            f"{tuple(rows.shape)}. Pass a matrix with one sample per row."
+        )
+    if num_iters < 1:
+        raise ValueError(f"inverse_sqrt_of_rows: expected num_iters >= 1, got {num_iters}. The published number is 5.")
+    dtype = torch.promote_types(rows.dtype, torch.float32)
     with torch.autocast(rows.device.type, enabled=False):
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        largest = rows.detach().abs().amax()
-        largest = torch.where(largest > 0, largest, torch.ones_like(largest))  # keeps squares inside float32's range
+        rows = rows.to(torch.float64 if too_many_for_tf32(rows, num_iters) else dtype)
+        # Divided by the larger of the largest entry and the root of eps, squares stay inside float32's range.
+        largest = rows.detach().abs().amax().clamp(min=eps**0.5)
+        largest = torch.where(largest > 0, largest, torch.ones_like(largest))
         x = rows / largest
-        gram, added = x @ x.mT, eps / largest.square()
-        norm = (gram.square().sum() + added * (2 * gram.trace() + rows.shape[1] * added)).sqrt()
-        norm = torch.where(norm > 0, norm, torch.ones_like(norm))
+        gram, added = x @ x.mT, (eps**0.5 / largest).square()
+        square = gram.square().sum() + added * (2 * gram.trace() + rows.shape[1] * added)
+        norm = torch.where(square > 0, square, torch.ones_like(square)).sqrt()
         eye = torch.eye(len(x), dtype=x.dtype, device=x.device)
         scalar, inner = added / norm, eye / norm
         y = _Element(scalar, inner, scalar * eye + gram / norm)
@@ -57,4 +73,4 @@ def inverse_sqrt_of_rows(rows: Tensor, *, eps: float, num_iters: int = 5) -> Ten
             step = z.times(y).step(eye)
             z = step.times(z)
         identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        return (z.scalar * identity + x.mT @ (z.inner @ x)) * (norm.rsqrt() / largest)
+        return ((z.scalar * identity + x.mT @ (z.inner @ x)) * (norm.rsqrt() / largest)).to(dtype)

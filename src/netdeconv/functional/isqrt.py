@@ -105,9 +105,14 @@ def chosen_solver(solver: str, num_iters: int) -> str:
 
 def _iterated(a: Tensor, num_iters: int, solver: str) -> Tensor:
     method = {"chebyshev": chebyshev, "quintic": quintics, "newton_schulz": _newton_schulz}[solver]
-    if a.is_cuda and num_iters > _MAX_ITERS_IN_TF32 and torch.get_float32_matmul_precision() != "highest":
+    if too_many_for_tf32(a, num_iters):
         return method(a.double(), num_iters).to(a.dtype)
     return method(a, num_iters)
+
+
+def too_many_for_tf32(a: Tensor, num_iters: int) -> bool:
+    """Whether products of this tensor may run in TF32, and that is too rough for so many steps."""
+    return a.is_cuda and num_iters > _MAX_ITERS_IN_TF32 and torch.get_float32_matmul_precision() != "highest"
 
 
 def _newton_schulz(a: Tensor, num_iters: int) -> Tensor:

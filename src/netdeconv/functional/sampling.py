@@ -46,8 +46,8 @@ def spread_patches(
     """Patches at positions spread evenly over a grid on the map, all of them when they fit ``max_samples``.
 
     On a grid with more positions than that, about every ``sampling_stride``-th is taken along each dimension,
-    fewer where the budget asks for it, and images are left out only when that does not suffice. Positions at
-    which the window reaches over the edge are always among them, as padding makes patches that no other
+    fewer where the budget asks for it, and images are left out only when that does not suffice. Positions of the
+    grid at which the window reaches over the edge are always among them, as padding makes patches that no other
     position shows: statistics that miss them would give those patches the largest gain. Rows carry the number
     of positions they stand for, so that the moments are those of the whole grid but for sampling noise.
 
@@ -64,10 +64,7 @@ def spread_patches(
     """
     batch = x.shape[0]
     size = window.output_size(x.shape[2:])
-    zones = [
-        _zones(range(0, length, grid), length, edges)
-        for length, edges in zip(size, window.edges(x.shape[2:]), strict=True)
-    ]
+    zones = [_zones(length, edges, grid) for length, edges in zip(size, window.edges(x.shape[2:]), strict=True)]
     images, counts = _budget(batch, zones, sampling_stride, max_samples)
     offset = None if turn is None else (turn % _PERIOD).to(torch.float32)
     if images < batch:
@@ -107,15 +104,15 @@ def corner_patches(x: Tensor, window: Window, *, sampling_stride: int = 1) -> Sa
     return Sample(gather_patches(x, window, positions), None)
 
 
-def _zones(line: range, length: int, edges: tuple[int, int]) -> Zones:
-    """Sizes of the zones of these positions; on a map smaller than the window's reach the first takes what it can.
+def _zones(length: int, edges: tuple[int, int], grid: int) -> Zones:
+    """Sizes of the zones, in positions of the grid; on a map smaller than the window's reach the first is served first.
 
-    >>> _zones(range(0, 8, 3), 8, (1, 1)), _zones(range(0, 4, 3), 4, (1, 1)), _zones(range(0, 2, 3), 2, (1, 1))
-    ((1, 2, 0), (1, 0, 1), (1, 0, 0))
+    >>> _zones(8, (1, 1), 1), _zones(8, (1, 1), 3), _zones(4, (1, 1), 3), _zones(2, (1, 1), 3)
+    ((1, 6, 1), (1, 2, 0), (1, 0, 1), (1, 0, 0))
     """
-    before = sum(position < edges[0] for position in line)
-    after = min(sum(position >= length - edges[1] for position in line), len(line) - before)
-    return before, len(line) - before - after, after
+    count, before = -(-length // grid), -(-min(edges[0], length) // grid)
+    after = min(count - -(-max(length - edges[1], 0) // grid), count - before)
+    return before, count - before - after, after
 
 
 def _budget(batch: int, zones: list[Zones], sampling_stride: int, max_samples: int | None) -> tuple[int, list[Zones]]:

@@ -88,8 +88,8 @@ class WhitenedConv2d(_WhitenedConv, nn.Conv2d):
     that the kernel looks at. It runs as one ordinary convolution, with D and the mean folded into weight and
     bias. No batch normalisation is needed after it.
 
-    Training: on refresh steps mean and D come from the batch, on others from the running values; see
-    :class:`netdeconv.nn.Whitening` for when, and :class:`netdeconv.WhiteningConfig` for all settings.
+    Training: the mean is that of the batch, D that of the last refresh; see
+    :class:`netdeconv.nn.Whitening` for when that is, and :class:`netdeconv.WhiteningConfig` for all settings.
     Evaluation: from the running values, so that it equals a plain convolution with :meth:`folded` parameters.
 
     Shapes: as :class:`torch.nn.Conv2d`, with or without the batch dimension. Statistics and fold are computed

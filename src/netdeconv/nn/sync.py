@@ -69,9 +69,7 @@ class _AllReduce(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.clone()
-        dist.all_reduce(total, group=ctx.process_group)
-        return total, None
+        return _all_reduce(grad, ctx.process_group), None
 
 
 def _all_reduce(value: Tensor, process_group: Any) -> Tensor:

@@ -178,15 +178,18 @@ class Whitening(nn.Module):
 
     def _moments(self, x: Tensor, due: bool, again: bool) -> Moments:
         """Mean, and the covariances of a sample of patches when due."""
-        config = self.config
-        if due and config.sampling == "corner":
-            moments = self._moments_of(self.sample(x))
-        else:
-            moments = self.mean_of(x)
-            if due:
-                sample = self.sample(x, max_samples=config.max_samples, turn=self.num_updates - int(again))
-                moments = self._moments_of(sample)._replace(mean=moments.mean)
-        return joined_moments(moments, self.blocks, self.running_mean, self.process_group) if config.sync else moments
+        if due and self.config.sampling == "corner":
+            return self._joined(self._moments_of(self.sample(x)))
+        moments = self._joined(self.mean_of(x))
+        if not due:
+            return moments
+        turn = self.num_updates - int(again)
+        sample = self.sample(x, max_samples=self.config.max_samples, turn=turn)
+        return self._joined(self._moments_of(sample))._replace(mean=moments.mean)
+
+    def _joined(self, moments: Moments) -> Moments:
+        shared = self.config.sync
+        return joined_moments(moments, self.blocks, self.running_mean, self.process_group) if shared else moments
 
     def mean_of(self, x: Tensor) -> Moments:
         """Moments of all patches of x ``(N, C, *spatial)``, without covariances."""
@@ -210,10 +213,10 @@ class Whitening(nn.Module):
         return spread_patches(x, self.window, sampling_stride=wanted, max_samples=max_samples, turn=turn)
 
     def _moments_of(self, sample: Sample) -> Moments:
-        """With a factor instead of the covariance where that is the shorter way to the root."""
+        """With a factor instead of the covariance where that is the shorter way to the root of Newton and Schulz."""
         short = self.blocks.single and sample.weights is None and 2 * len(sample.rows) <= self.blocks.group_features
         alone = not (self.config.sync and distributed(self.process_group))
-        factored = short and alone and self.config.solver != "eigh"
+        factored = short and alone and self.config.solver in ("auto", "newton_schulz")
         return patch_moments(sample.rows, self.blocks, sample.weights, factored=factored)
 
     def _computed_roots(self, moments: Moments) -> list[Tensor]:
@@ -279,6 +282,7 @@ class Whitening(nn.Module):
 
     def _report_skipped(self) -> None:
         skipped = int(self.num_skipped)
+        self._skipped = min(self._skipped, skipped)  # somebody may have reset the counter
         if skipped and skipped >= 2 * self._skipped:  # at the 1st, 2nd, 4th, ..., as a diverged run skips every step
             warnings.warn(
                 f"{self.label}: expected finite input, got NaN or infinite values in "

@@ -28,7 +28,9 @@ def load_published(
     what theirs did. A prefix ``module.`` on all keys, as ``DataParallel`` saves them, is dropped.
 
     Args:
-        model: whitened with ``WhiteningConfig.paper(block_size=..., eps=..., num_iters=...)``, as theirs was.
+        model: whitened with ``WhiteningConfig.paper(block_size=..., eps=..., num_iters=...)``, as theirs was. In
+            linear layers :func:`netdeconv.convert` makes the blocks 512 features, their usual number; for another one
+            give it a function of path and layer.
         state_dict: theirs.
         rename: from their name of a key to the one it would have in this model, where the modules are called
             otherwise.

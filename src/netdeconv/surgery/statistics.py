@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from netdeconv.errors import NumericalError, StatisticsError
-from netdeconv.functional import Sample, Window, inverse_sqrt, patch_moments
+from netdeconv.functional import Moments, Sample, Window, inverse_sqrt, patch_moments
 from netdeconv.nn import Whitening
 
 __all__ = ["Gathered", "Gatherer", "input_rows", "put", "remember", "root_of"]
@@ -43,23 +43,24 @@ class Gatherer:
         self._about: Tensor | None = None  # sums are taken about this mean, or large means would cost digits
         self._away: Tensor | None = None
         self._squares: list[Tensor] = []
-        self._means: Tensor | None = None  # sum over all patches; None where the mean is that of the sample
+        self._means: Any = None  # sum over all patches; none where the mean is that of the sample
         self._seen = 0.0
 
     def add(self, x: Tensor) -> Gathered | None:
         """Take in one batch ``(N, C, *spatial)``; returns its own moments, ``None`` if it is empty."""
         part = Gatherer(self.whitening, self.every_position)
-        for sample in self._samples(x):
+        for images in self._chunks(x):
+            sample = self._sample(images)
             if sample.rows.shape[0]:
                 moments = patch_moments(sample.rows.double(), self.whitening.blocks, sample.weights)
                 part._add(Gathered(moments.mean, moments.covs, float(moments.total)))
+                if self.whitening.config.sampling != "corner":
+                    part._add_mean(self.whitening.mean_of(images.double()))
         self.batches += 1
         if part.total == 0:
             return None
         self._add(part._of_sample())
-        if self.whitening.config.sampling != "corner":
-            mean, _, _, seen, _ = self.whitening.mean_of(x.double())
-            part._means, part._seen = mean * seen, float(seen)
+        if part._seen:
             self._means = part._means if self._means is None else self._means + part._means
             self._seen += part._seen
         return part.moments()
@@ -71,7 +72,12 @@ class Gatherer:
             StatisticsError: nothing came in.
         """
         found = self._of_sample()
-        return found if self._means is None else found._replace(mean=self._means / self._seen)
+        return found._replace(mean=self._means / self._seen) if self._seen else found
+
+    def _add_mean(self, moments: Moments) -> None:
+        total = moments.mean * moments.total
+        self._means = total if self._means is None else self._means + total
+        self._seen += float(moments.total)
 
     def _of_sample(self) -> Gathered:
         if self._about is None or self._away is None:
@@ -96,15 +102,19 @@ class Gatherer:
         ]
         self.total += moments.total
 
-    def _samples(self, x: Tensor) -> Iterator[Sample]:
+    def _chunks(self, x: Tensor) -> Sequence[Tensor]:
+        """So many images at a time that their patches fit; a published row sample counts over the whole batch."""
+        window = self.whitening.window
+        if not self.every_position or (self.whitening.config.sampling == "corner" and window.taps == 1):
+            return (x,)
+        each = self.whitening.blocks.channels * window.taps * math.prod(window.output_size(x.shape[2:]))
+        return x.split(max(1, _CHUNK // max(1, each)))
+
+    def _sample(self, images: Tensor) -> Sample:
         whitening = self.whitening
-        if not self.every_position:
-            yield whitening.sample(x, max_samples=whitening.config.max_samples, turn=torch.tensor(self.batches))
-            return
-        window = whitening.window
-        each = whitening.blocks.channels * window.taps * math.prod(window.output_size(x.shape[2:]))
-        for images in x.split(max(1, _CHUNK // max(1, each))):
-            yield whitening.sample(images)
+        if self.every_position:
+            return whitening.sample(images)
+        return whitening.sample(images, max_samples=whitening.config.max_samples, turn=torch.tensor(self.batches))
 
 
 def input_rows(x: Tensor, window: Window) -> Tensor:

@@ -102,9 +102,9 @@ class Training:
         move_to_step(self.model, steady_step(self.period) + steps)
 
     def refreshes(self) -> int:
-        """Refreshes of the statistics so far, of the layer that had fewest: linear layers have one at every step."""
-        state = self.model.state_dict()
-        return min((int(value) for name, value in state.items() if name.endswith("num_updates")), default=0)
+        """Refreshes so far, of the layer that had fewest but any: linear layers have one at every step."""
+        counts = [int(value) for name, value in self.model.state_dict().items() if name.endswith("num_updates")]
+        return min(filter(None, counts), default=0)
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         half = self.settings.dtype == "bfloat16"
