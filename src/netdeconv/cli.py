@@ -169,19 +169,28 @@ def _bench(args: argparse.Namespace) -> int:
     return command.run(args)
 
 
-def _reproduce_arguments(parser: argparse.ArgumentParser) -> None:
-    from netdeconv.lab.experiments import cifar_command
-
-    experiments = parser.add_subparsers(metavar="NAME", required=True, parser_class=_Parser)
-    cifar_command.add_arguments(
-        experiments.add_parser("cifar", help=cifar_command.HELP, description=cifar_command.HELP, allow_abbrev=False)
-    )
-
-
 def _reproduce(args: argparse.Namespace) -> int:
-    from netdeconv.lab.experiments import cifar_command
+    if args.arguments[:1] == ["cifar"]:  # not on the experiments' framework yet
+        from netdeconv.lab.experiments import cifar_command
 
-    return cifar_command.run(args)
+        parser = _Parser(prog="netdeconv reproduce cifar", description=cifar_command.HELP, allow_abbrev=False)
+        cifar_command.add_arguments(parser)
+        return cifar_command.run(parser.parse_args(args.arguments[1:]))
+    from netdeconv.lab import reproduce_command
+
+    return reproduce_command.reproduce(args.arguments, _Parser)
+
+
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    from netdeconv.lab import reproduce_command
+
+    reproduce_command.report_arguments(parser)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from netdeconv.lab import reproduce_command
+
+    return reproduce_command.report(args)
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -241,9 +250,15 @@ COMMANDS = (
     ),
     Command(
         "reproduce",
-        "Re-run an experiment of the paper beside a tuned baseline.",
-        _reproduce_arguments,
+        "Re-run a claim of the paper beside a tuned baseline: an experiment by name, or all of them.",
+        None,
         _reproduce,
+    ),
+    Command(
+        "report",
+        "Write tables, pictures and one HTML page of what reproduce has found.",
+        _report_arguments,
+        _report,
     ),
     Command(
         "export",

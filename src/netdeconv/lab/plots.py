@@ -15,13 +15,31 @@ from torch import Tensor
 
 from netdeconv.inspect import centre_filters, mean_abs_offdiagonal
 
-__all__ = ["STYLES", "correlation_figure", "curves_figure", "filters_figure", "history_figure", "png"]
+__all__ = [
+    "LINES",
+    "STYLES",
+    "correlation_figure",
+    "curves_figure",
+    "filters_figure",
+    "history_figure",
+    "png",
+    "tidy",
+]
 
 # Okabe and Ito's colours stay apart for colour-blind readers; marker and dash tell them apart in grey.
 STYLES: dict[str, dict[str, Any]] = {
     "bn": {"color": "#0072B2", "marker": "o"},
     "nd": {"color": "#D55E00", "marker": "s"},
 }
+# Lines that stay apart in one picture, in the same colours.
+LINES: tuple[dict[str, Any], ...] = (
+    {"color": "#000000", "marker": "o", "linestyle": "-"},
+    {"color": "#D55E00", "marker": "s", "linestyle": "-"},
+    {"color": "#56B4E9", "marker": "^", "linestyle": "--"},
+    {"color": "#009E73", "marker": "D", "linestyle": "--"},
+    {"color": "#CC79A7", "marker": "v", "linestyle": ":"},
+    {"color": "#7F7F7F", "marker": "x", "linestyle": ":"},
+)
 _PROFILE_COLOURS = ("#000000", "#009E73", "#CC79A7")
 _COLOURS = ("#0072B2", "#D55E00", *_PROFILE_COLOURS)
 _RING: dict[str, Any] = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.5, "linestyle": "none"}
@@ -77,7 +95,7 @@ def curves_figure(methods: Mapping[str, Mapping[str, Any]], target: float) -> Fi
     rates.xaxis.set_minor_formatter(NullFormatter())
     rates.set_xticklabels([f"{tick:g}" for tick in ticks])
     for axes, place in ((loss, "best"), (accuracy, "lower right"), (rates, "lower left")):
-        _tidy(axes)
+        tidy(axes)
         axes.legend(loc=place, fontsize=8, frameon=False)
     return figure
 
@@ -101,7 +119,7 @@ def history_figure(rows: Sequence[Mapping[str, float]], title: str) -> Figure:
             axes.plot(epochs, values, label=name, markersize=3, linewidth=1.4, **style)
         axes.set(xlabel="epoch", title=heading)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _tidy(axes)
+        tidy(axes)
         if names:
             axes.legend(fontsize=8, frameon=False)
     return figure
@@ -146,7 +164,7 @@ def filters_figure(images: Tensor, filters: Mapping[str, Tensor]) -> Figure:
     profile.axhline(0, color="0.45", linewidth=0.9)
     profile.set(xlabel="distance from the centre (pixels)", ylabel="green weight (share of the peak)")
     profile.set_title("Row through the green filter", fontsize=10)
-    _tidy(profile)
+    tidy(profile)
     profile.legend(fontsize=8, frameon=False)
     return figure
 
@@ -200,7 +218,8 @@ def _rates(axes: Axes, method: Mapping[str, Any], style: Mapping[str, Any]) -> N
     axes.plot([method["rate"]], [chosen], "o", **_RING, color=style["color"])
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
+    """A light grid behind the lines, and no frame above and to the right."""
     axes.grid(True, color="0.9", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

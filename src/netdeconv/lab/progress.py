@@ -53,6 +53,11 @@ class Progress:
         self._run.close()
         self._all.close()
 
+    def expect(self, runs: int) -> None:
+        """So many runs there will be."""
+        self._all.total = runs
+        self._all.refresh()
+
     def start_run(self, name: str, steps: int) -> None:
         """The present run's bar begins anew."""
         if self.drawn:

@@ -47,10 +47,19 @@ figcaption { margin: 0.5rem 0 0; max-width: 46rem; }
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of text under a heading; the first column is for names, the others for numbers."""
+    """Rows of text under a heading; the first column is for names, the others for numbers.
+
+    Args:
+        columns: headings.
+        rows: as many cells each.
+        title: what stands above the table.
+        note: what stands below it: how the numbers came about.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    title: str = ""
+    note: str = ""
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -69,6 +78,12 @@ class Table:
 
         rule = "  ".join("-" * w for w in widths)
         return "\n".join([row(self.columns), rule, *(row(cells) for cells in self.rows)])
+
+    def to_markdown(self) -> str:
+        """A Markdown table, without title and note; numbers to the right."""
+        rule = ["---", *("--:" for _ in self.columns[1:])]
+        lines = [self.columns, rule, *self.rows]
+        return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
     def to_html(self, *, words: bool = False) -> str:
         """An HTML table in a box that scrolls sideways; ``words`` sets all columns to the left."""

@@ -17,6 +17,7 @@ from netdeconv.lab.benchmark.settings import (
     Settings,
     StepSettings,
 )
+from netdeconv.lab.options import add_field_options, given_options
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,44 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"folder for {name}.json and {name}.png (default: runs/bench)",
         )
         sub.add_argument("--quiet", action="store_true", help="no progress, only the tables")
-        for field in dataclasses.fields(settings):
-            _add_option(sub, field)
-
-
-def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
-    default: Any = field.default
-    option = f"--{field.name.replace('_', '-')}"
-    text = field.metadata["help"]
-    if isinstance(default, bool):
-        parser.add_argument(option, action="store_true", default=argparse.SUPPRESS, help=text)
-        return
-    several = isinstance(default, tuple)
-    shown = " ".join(map(_plain, default)) if several else _plain(default)
-    kind = field.metadata["kind"] or type(default[0] if several else default)
-    parser.add_argument(
-        option,
-        type=kind,
-        nargs="+" if several else None,
-        choices=field.metadata["choices"],
-        default=argparse.SUPPRESS,
-        metavar=None if field.metadata["choices"] else {int: "N", float: "X", str: "NAME"}[kind],
-        help=text if default is None else f"{text} (default: {shown})",
-    )
-
-
-def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        add_field_options(sub, settings)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write the files, print the tables; after Ctrl-C write what was measured so far."""
     settings_class, _ = BENCHMARKS[args.benchmark]
-    given: dict[str, Any] = {
-        f.name: tuple(value) if isinstance(value, list) else value
-        for f in dataclasses.fields(settings_class)
-        if (value := getattr(args, f.name, None)) is not None
-    }
-    settings = settings_class(**given)
+    settings = settings_class(**given_options(args, settings_class))
     from netdeconv.lab.benchmark import record as records
 
     with records.told(not args.quiet) as follow:

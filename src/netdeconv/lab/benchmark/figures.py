@@ -10,25 +10,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from netdeconv.lab.benchmark.contestants import CONTESTANTS
-from netdeconv.lab.plots import STYLES
+from netdeconv.lab.plots import LINES, STYLES, tidy
 
 __all__ = ["memory_figure", "moments_figure", "root_figure", "scaling_figure", "step_figure"]
 
-_GREY, _GREEN, _PINK, _SKY = "#7F7F7F", "#009E73", "#CC79A7", "#56B4E9"
+_GREY, _GREEN, _PINK = "#7F7F7F", "#009E73", "#CC79A7"
 _BARS = {
     "batchnorm": STYLES["bn"]["color"],
     "floor": _GREY,
     "default": STYLES["nd"]["color"],
     "paper": _PINK,
 }
-_LINES = (
-    {"color": "#000000", "marker": "o", "linestyle": "-"},
-    {"color": STYLES["nd"]["color"], "marker": "s", "linestyle": "-"},
-    {"color": _SKY, "marker": "^", "linestyle": "--"},
-    {"color": _GREEN, "marker": "D", "linestyle": "--"},
-    {"color": _PINK, "marker": "v", "linestyle": ":"},
-    {"color": _GREY, "marker": "x", "linestyle": ":"},
-)
 _DPI = 130
 
 
@@ -74,7 +66,7 @@ def _bars(axes: Axes, values: Sequence[float], reach: Any = None) -> None:
     axes.margins(y=0.12)
     axes.axhline(1, color="0.3", linewidth=0.9, linestyle=":")
     axes.tick_params(axis="x", labelsize=8)
-    _tidy(axes)
+    tidy(axes)
 
 
 def root_figure(result: Mapping[str, Any], title: str) -> Figure:
@@ -84,7 +76,7 @@ def root_figure(result: Mapping[str, Any], title: str) -> Figure:
     for panels, num_iters in zip(figure.subplots(len(counts), 3, squeeze=False), counts, strict=True):
         rows = [row for row in result["rows"] if row["num_iters"] == num_iters]
         largest = max(row["size"] for row in rows)
-        for style, solver in zip(_LINES, dict.fromkeys(row["solver"] for row in rows), strict=False):
+        for style, solver in zip(LINES, dict.fromkeys(row["solver"] for row in rows), strict=False):
             mine = [row for row in rows if row["solver"] == solver]
             panels[0].plot([row["size"] for row in mine], [1000 * row["time"]["step"] for row in mine], label=solver,
                            markersize=4, **style)  # fmt: skip
@@ -99,7 +91,7 @@ def root_figure(result: Mapping[str, Any], title: str) -> Figure:
         for axes in panels:
             axes.set(xscale="log", yscale="log")
             axes.yaxis.set_minor_formatter(NullFormatter())
-            _tidy(axes)
+            tidy(axes)
         for axes in panels[1:]:
             axes.set_xlabel("condition number")
         sizes = sorted({row["size"] for row in rows})
@@ -116,7 +108,7 @@ def moments_figure(result: Mapping[str, Any], title: str) -> Figure:
     for axes, shape in zip(figure.subplots(1, len(shapes), squeeze=False)[0], shapes, strict=True):
         rows = [row for row in result["rows"] if row["shape"] == shape]
         for what, mark in (("cov", "o"), ("root", "s")):
-            for kind, colour in (("spread", _LINES[1]["color"]), ("corner", _LINES[0]["color"])):
+            for kind, colour in (("spread", LINES[1]["color"]), ("corner", LINES[0]["color"])):
                 mine = [row for row in rows if row["sampling"].startswith(kind)]
                 axes.plot([1000 * row["time"]["step"] for row in mine],
                           [max(100 * row["errors"][what], 0.1) for row in mine], color=colour, marker=mark,
@@ -126,7 +118,7 @@ def moments_figure(result: Mapping[str, Any], title: str) -> Figure:
         axes.set(xscale="log", yscale="log", xlabel="time (ms)", title=f"maps {shape}")
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_formatter(NullFormatter())
-        _tidy(axes)
+        tidy(axes)
     figure.axes[0].set_ylabel("relative error (%), 0.1 if less")
     figure.axes[0].legend(fontsize=7, frameon=False)
     figure.suptitle(title, fontsize=10)
@@ -153,14 +145,8 @@ def scaling_figure(result: Mapping[str, Any], title: str) -> Figure:
         others = ", ".join(f"{names[other]} {mine[0][other]}" for other in names if other != axis) if mine else ""
         axes.set(xlabel=name, title=others)
         axes.title.set_fontsize(9)
-        _tidy(axes)
+        tidy(axes)
     panels[0].set_ylabel("share of the training step (%)")
     panels[0].legend(fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=10)
     return figure
-
-
-def _tidy(axes: Axes) -> None:
-    axes.grid(True, color="0.9", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,23 @@
+"""The experiments by name; a module is imported when its experiment is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from netdeconv.lab.experiments.experiment import Experiment
+
+__all__ = ["EXPERIMENTS", "load"]
+
+# Name on the command line -> module in this package, whose EXPERIMENT it is, and a line for --help.
+EXPERIMENTS: dict[str, tuple[str, str]] = {
+    "regression": ("regression", "linear models: whitened input makes gradient descent converge in one iteration"),
+}
+
+
+def load(name: str) -> Experiment:
+    """The experiment of this name, one of :data:`EXPERIMENTS`."""
+    module, _ = EXPERIMENTS[name]
+    found: Experiment = importlib.import_module(f"netdeconv.lab.experiments.{module}").EXPERIMENT
+    return found

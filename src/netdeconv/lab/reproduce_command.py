@@ -1,0 +1,146 @@
+"""The commands ``netdeconv reproduce`` and ``netdeconv report``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from netdeconv import ConfigError
+from netdeconv.lab.experiments.experiment import SIZES, Experiment
+from netdeconv.lab.experiments.registry import EXPERIMENTS, load
+from netdeconv.lab.options import add_field_options, given_options
+from netdeconv.lab.store import write_whole
+
+__all__ = ["report", "report_arguments", "reproduce"]
+
+_OUT = Path("runs/reproduce")
+_INTERRUPTED = 130
+
+
+def reproduce(arguments: Sequence[str], parser_class: type[argparse.ArgumentParser]) -> int:
+    """Run one experiment, or all of them, and print their tables.
+
+    Only the experiment that is named is imported; the first word tells which options there are.
+
+    Args:
+        arguments: those after ``reproduce``.
+        parser_class: how to complain.
+
+    Returns:
+        Exit code: 0 done, 130 stopped.
+
+    Raises:
+        ConfigError: data that are not there, or settings that cannot apply. With ``all`` the others are run first.
+    """
+    given = list(arguments)
+    named = given[0] if given and given[0] in EXPERIMENTS else None
+    parser = _parser(named, parser_class)
+    try:
+        args = parser.parse_args(given)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    if args.name == "all":
+        return _reproduce_all(args)
+    experiment = load(args.name)
+    settings = experiment.sizes[args.size]
+    changes = given_options(args, type(settings))
+    return _shown(args, experiment, dataclasses.replace(settings, **changes), changes)
+
+
+def _parser(named: str | None, parser_class: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+    names = "\n".join(f"  {name:<14}{text}" for name, (_, text) in EXPERIMENTS.items())
+    parser = parser_class(
+        prog="netdeconv reproduce",
+        description="Re-run a claim of the paper beside a tuned baseline. Finished parts are not repeated.",
+        epilog=f"experiments:\n{names}\n\nnetdeconv reproduce NAME --help shows the options of one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("name", choices=[*EXPERIMENTS, "all"], metavar="NAME", help="which experiment, or all")
+    parser.add_argument(
+        "--size",
+        choices=SIZES,
+        default="small",
+        help="smoke: seconds, without data sets; small: for two cores; paper: as published (default: small)",
+    )
+    parser.add_argument("--out", type=Path, default=_OUT, metavar="DIR", help=f"run folder (default: {_OUT})")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: torch's choice)")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the tables")
+    if named is not None:
+        group = parser.add_argument_group(f"options of {named}", "Defaults are those of --size small.")
+        add_field_options(group, load(named).sizes["small"])
+    return parser
+
+
+def _reproduce_all(args: argparse.Namespace) -> int:
+    problems = []
+    for name in EXPERIMENTS:
+        experiment = load(name)
+        try:
+            code = _shown(args, experiment, experiment.sizes[args.size], {})
+        except ConfigError as error:
+            problems.append(f"{name}: {error}")
+            print(problems[-1], file=sys.stderr)
+            continue
+        if code:
+            return code
+    if problems:
+        raise ConfigError(f"{len(problems)} of {len(EXPERIMENTS)} experiments could not run. {problems[0]}")
+    return 0
+
+
+def _shown(args: argparse.Namespace, experiment: Experiment, settings: Any, changes: dict[str, Any]) -> int:
+    from netdeconv.lab.experiments.results import carry_out, text
+
+    if args.threads is not None and args.threads < 1:
+        raise ConfigError(f"expected threads of at least 1, got {args.threads}")
+    command = _command(experiment.name, args.size, changes)
+    try:
+        outcome = carry_out(
+            experiment, settings, args.out, command=command, thread_count=args.threads, show=not args.quiet
+        )
+    except KeyboardInterrupt:
+        print(f"\nStopped. Finished parts are kept; the same command goes on from {args.out}.", file=sys.stderr)
+        return _INTERRUPTED
+    print(text(outcome) + "\n")
+    return 0
+
+
+def _command(name: str, size: str, changes: dict[str, Any]) -> str:
+    """The command line that gives these settings, without the folder."""
+    words = ["netdeconv", "reproduce", name, "--size", size]
+    for key, value in changes.items():
+        words.append(f"--{key.replace('_', '-')}")
+        if not isinstance(value, bool):
+            words += [f"{one:g}" if isinstance(one, float) else str(one) for one in _several(value)]
+    return " ".join(words)
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def report_arguments(parser: argparse.ArgumentParser) -> None:
+    """The folder to report on."""
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=_OUT, metavar="DIR", help=f"run folder of reproduce (default: {_OUT})"
+    )
+
+
+def report(args: argparse.Namespace) -> int:
+    """Write results.md, report.html and the pictures anew from what is in the run folder."""
+    from netdeconv.lab.experiments.report_page import write_page
+    from netdeconv.lab.experiments.results import draw, markdown, outcomes
+
+    found = outcomes(args.folder)
+    for outcome in found:
+        draw(outcome)
+    files = [args.folder / "results.md", args.folder / "report.html"]
+    write_whole(files[0], markdown(found).encode())
+    write_page(files[1], found)
+    print("\n".join(map(str, files)))
+    return 0
