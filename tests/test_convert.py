@@ -264,12 +264,43 @@ def test_batch_norms_left_are_reported_unless_asked_for() -> None:
     assert sum(isinstance(module, nn.BatchNorm2d) for module in kept.modules()) == 8
 
 
+class Keeper(nn.Module):
+    """Keeps what the last forward computed, as RAFT keeps its correlations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.utils.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 3)
+        self.kept: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = [self.first(x)]
+        return self.second(self.kept[0])
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_model_that_keeps_computed_tensors_can_be_converted() -> None:
+    model, x = Keeper(), torch.randn(9, 3)
+    expected = model(x)
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        copy.deepcopy(model)
+    converted = netdeconv.convert(model)
+    assert type(converted.first) is nn.Linear and type(converted.second) is WhitenedLinear
+    assert converted.kept[0] is not model.kept[0] and torch.equal(converted.kept[0], model.kept[0])
+    assert torch.equal(model(x), expected)
+    with torch.no_grad():
+        converted.first.weight_g *= 2  # the weight is computed anew from it
+    converted(x).sum().backward()
+    torch.testing.assert_close(converted.kept[0], 2 * (model.kept[0] - model.first.bias) + model.first.bias)
+    assert converted.first.weight_v.grad is not None
+    fused = netdeconv.fuse(converted.eval())
+    netdeconv.check_fused(converted, fused, x)
+
+
 def test_a_model_that_cannot_be_copied() -> None:
-    layer = torch.nn.utils.weight_norm(nn.Linear(3, 3))
-    layer(torch.randn(2, 3))
-    with pytest.raises(ConfigError, match=r"copy\.deepcopy can copy"):
-        netdeconv.convert(nn.Sequential(layer))
+    model = nn.Sequential(nn.Linear(3, 3))
+    model.generator = (number for number in range(3))
+    with pytest.raises(ConfigError, match=r"copy\.deepcopy can copy.*generator"):
+        netdeconv.convert(model)
 
 
 def test_graph_modules_of_fx() -> None:

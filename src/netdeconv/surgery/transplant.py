@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from netdeconv.errors import ConfigError
 
@@ -46,13 +47,22 @@ def become(old: nn.Module, new: nn.Module) -> None:
 def copied(model: Model, who: str) -> Model:
     """A deep copy of a model, for the function ``who``.
 
+    Tensors that the last forward computed and a module kept, which ``copy.deepcopy`` refuses, are copied without their
+    graph: weights under pruning or the old ``weight_norm``, which a hook computes anew on every call, or features.
+
     Raises:
         ConfigError: it cannot be copied.
     """
+    computed = [
+        value
+        for module in model.modules()
+        for value in tree_leaves(vars(module))
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
     try:
-        return copy.deepcopy(model)
-    except RuntimeError as error:
+        return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(
             f"{who}: expected a model that copy.deepcopy can copy, got {type(model).__name__}, which it cannot "
-            f"({error}). Old style weight_norm and spectral_norm, and pruning, are common reasons: remove them first."
+            f"({error}). Look for an attribute that is open (a file, a generator, a lock) or that was computed."
         ) from error
