@@ -74,6 +74,33 @@ class Reader(nn.Module):
         return self.called.weight
 
 
+class ByFunction(nn.Module):
+    """Normalises by torch's function: one convolution and one batch norm are modules, the other norm is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.by_function(self.conv(x)))
+
+    def by_function(self, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(x, self.mean, self.var, training=self.training)
+
+
+class CalledBatchNorm(nn.Module):
+    """A module of that name is no function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_norm = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.batch_norm(x)
+
+
 def action(model: nn.Module, path: str = "0") -> Action:
     return plan_conversion(nn.Sequential(model))[path].action
 
@@ -118,6 +145,19 @@ def test_layers_used_without_being_called_are_left() -> None:
     assert "Reader.forward reads its weight itself" in plan["direct"].why
     assert "Reader.helper" in plan["norm"].why
     assert plan["called"].action is plan["items.0"].action is Action.WHITEN
+
+
+def test_batch_normalisation_by_function_is_listed() -> None:
+    model = nn.Sequential(ByFunction(), nn.Conv2d(4, 4, 1))
+    plan = plan_conversion(model)
+    assert [entry.path for entry in plan.batch_norms_left] == ["0"]
+    assert plan["0"].why == "ByFunction.by_function calls batch_norm by function"
+    assert plan["0.conv"].action is plan["1"].action is Action.WHITEN and plan["0.norm"].action is Action.REMOVE
+    assert "1 of 2 batch norms gone" in plan.summary
+    with pytest.warns(UserWarning, match=r"1 batch norms are left: 0 \(ByFunction.by_function calls"):
+        netdeconv.convert(model)
+    assert plan_conversion(model, exclude=ByFunction)["0"].asked
+    assert not plan_conversion(CalledBatchNorm()).batch_norms_left
 
 
 def test_attention_of_torch_is_left() -> None:

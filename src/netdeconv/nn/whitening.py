@@ -107,7 +107,7 @@ class Whitening(nn.Module):
         """Forget everything: zero mean, identity root, all counters zero."""
         self.running_mean.zero_()
         for kind in self._kinds:
-            for root in self._roots(kind):
+            for root in () if self.running_mean.is_meta else self._roots(kind):
                 root.copy_(torch.eye(root.shape[-1], dtype=root.dtype, device=root.device).expand_as(root))
         for counter in (self.num_updates, self.num_steps, self.last_update, self.num_skipped):
             counter.zero_()

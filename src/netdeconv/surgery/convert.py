@@ -17,7 +17,7 @@ from netdeconv.surgery.preserve import preserved
 from netdeconv.surgery.recognise import BatchNorm, batch_norm
 from netdeconv.surgery.rewrite import Rule, rule_for
 from netdeconv.surgery.select import Selection
-from netdeconv.surgery.survey import survey
+from netdeconv.surgery.survey import check_model, survey
 from netdeconv.surgery.transplant import become, copied
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def convert(
     With ``preserve``, a network to be fine-tuned: its evaluation output on any input is the old one's. Batch
     norms are folded into the layer that feeds them, where they are its only reader, and become a fixed scale
     and shift elsewhere; whitening statistics are those of the data, and weights are re-expressed so that whitening
-    cancels out. Layers that the data never reach, and layers whose weight is shared or read elsewhere, stay plain.
+    cancels out. Layers that the data never reach, not even in branches that only training takes, and layers whose
+    weight is shared or read elsewhere, stay plain.
 
     Device, dtype, training flags, ``requires_grad``, forward and backward hooks stay, and modules and parameters
     that are shared stay shared. What could not be converted is listed by :func:`netdeconv.plan_conversion`.
@@ -89,7 +90,7 @@ def converted(
 ) -> tuple[Model, ConversionPlan]:
     """The converted model, and what was done to it."""
     selection = Selection(include, exclude)
-    survey(model, selection, rules, {})  # refuse before the work of copying
+    check_model(model)  # refuse before the work of copying
     new = copied(model, "convert")
     FirstRun.remove(new)
     plan = _rewrite(new, selection, rules)

@@ -177,4 +177,3 @@ class _Walk:
                     return self.flow.run(module, method, arguments)
         owner = self._origins(node.func, held)  # x.relu(), or F.relu(x)
         return owner or (arguments[0] if arguments else _NOTHING)
-

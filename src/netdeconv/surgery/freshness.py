@@ -64,13 +64,13 @@ def _called_as_a_whole(model: nn.Module) -> set[nn.Module]:
         for method in forward_functions(module):
             names = bound_names(method, module)
             harmless = set(_asking(method.tree))
-            for node in ast.walk(method.tree):
+            for node in method.nodes:
                 if isinstance(node, ast.Call):
                     called |= set(modules_meant(node.func, names))
                     harmless.add(node.func)
             taken |= {
                 part
-                for node in ast.walk(method.tree)
+                for node in method.nodes
                 if isinstance(node, (ast.Name, ast.Attribute, ast.Subscript)) and node not in harmless
                 and not isinstance(node.ctx, ast.Store)
                 for part in modules_meant(node, names)

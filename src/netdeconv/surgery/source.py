@@ -34,10 +34,11 @@ _PASSING_ON = {"enumerate", "filter", "iter", "list", "map", "reversed", "set", 
 
 
 class Method(NamedTuple):
-    """A function, and its syntax tree."""
+    """A function, its syntax tree, and all nodes of the tree in the order of ``ast.walk``."""
 
     tree: ast.FunctionDef
     function: Any
+    nodes: tuple[Any, ...]
 
 
 def forward_functions(module: nn.Module) -> tuple[Method, ...]:
@@ -57,7 +58,7 @@ def _functions_of(kind: Any) -> tuple[Method, ...]:
             if method is None or method.function in found:
                 continue
             found[method.function] = method
-            for node in ast.walk(method.tree):
+            for node in method.nodes:
                 if not isinstance(node, ast.Attribute) or node.attr in seen or hasattr(nn.Module, node.attr):
                     continue
                 if isinstance(node.value, ast.Name) and function_of(getattr(kind, node.attr, None)) is not None:
@@ -80,7 +81,7 @@ def parsed(function: Any) -> Method | None:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError, IndexError):
         return None
-    return Method(tree, function) if isinstance(tree, ast.FunctionDef) else None
+    return Method(tree, function, tuple(ast.walk(tree))) if isinstance(tree, ast.FunctionDef) else None
 
 
 def bound_names(method: Method, given: Names | nn.Module, depth: int = 0) -> Names:
@@ -97,8 +98,8 @@ def bound_names(method: Method, given: Names | nn.Module, depth: int = 0) -> Nam
                 known = names.setdefault(part.id, [])
                 known.extend(value for value in values if not any(value is other for other in known))
 
-    inner = {node.name: node for node in ast.walk(method.tree) if isinstance(node, ast.FunctionDef)}
-    for node in ast.walk(method.tree):  # in the order of nesting: good enough
+    inner = {node.name: node for node in method.nodes if isinstance(node, ast.FunctionDef)}
+    for node in method.nodes:  # in the order of nesting: good enough
         if isinstance(node, ast.Assign):
             for target in node.targets:
                 if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
@@ -186,7 +187,7 @@ def _results(function: Any, owner: nn.Module, depth: int) -> list[Any]:
     if method is None or not method.tree.args.args:
         return []
     names = bound_names(method, owner, depth + 1)
-    returns = [node.value for node in ast.walk(method.tree) if isinstance(node, ast.Return)]
+    returns = [node.value for node in method.nodes if isinstance(node, ast.Return)]
     return [value for node in returns for value in meant(node, names, depth + 1)]
 
 

@@ -17,9 +17,9 @@ from netdeconv.surgery.plan import Action, ConversionPlan, Entry
 from netdeconv.surgery.recognise import batch_norm, is_layer, is_like_batch_norm, is_quantised, why_not_whiten
 from netdeconv.surgery.rewrite import Rule, rule_for
 from netdeconv.surgery.select import Selection
-from netdeconv.surgery.usage import read_by_others
+from netdeconv.surgery.usage import normalises_by_function, read_by_others
 
-__all__ = ["survey"]
+__all__ = ["check_model", "survey"]
 
 _WRAPPERS = {"OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
 
@@ -28,7 +28,7 @@ def survey(
     model: nn.Module, selection: Selection, rules: Mapping[type, Rule] | None, rewritten: Mapping[nn.Module, bool]
 ) -> ConversionPlan:
     """The plan of a model; ``rewritten`` says for modules that a rule has seen whether it rewrote them."""
-    _check_model(model)
+    check_model(model)
     read = read_by_others(model)
     entries: dict[nn.Module, Entry] = {}
     hidden: set[nn.Module] = set()  # inside a module that goes as a whole
@@ -46,9 +46,10 @@ def survey(
             entry = dataclasses.replace(entry, why=rule[1])
         if module in left and (entry.norm or is_quantised(module)) and entry.action in (Action.REMOVE, Action.WHITEN):
             entry = _left_with(entry, f"inside {left[module].path}, which is left", left[module])
-        if entry.action is Action.LEAVE:
+        concerned = module in rewritten or _is_concerned(module, rule is not None)
+        if entry.action is Action.LEAVE and concerned:
             left |= dict.fromkeys(set(module.modules()) - {module} - set(left), entry)
-        elif entry.action is not Action.KEEP:
+        elif entry.action in (Action.WHITEN, Action.REMOVE, Action.REWRITE):
             hidden |= set(module.modules())
         entries[module] = entry
     _keep_what_nothing_replaces(model, entries)
@@ -94,11 +95,14 @@ def _decide(entry: Entry, module: nn.Module, ruled: bool, selection: Selection, 
         return dataclasses.replace(entry, why="whitened already")
     norm = is_like_batch_norm(module)
     unwanted = selection.why_not(entry.path, module)  # also asked of containers: every pattern has to match once
-    if not (ruled or norm or is_layer(module)):
+    function = None if _is_concerned(module, ruled) else normalises_by_function(module)
+    if function is None and not _is_concerned(module, ruled):
         return dataclasses.replace(entry, why=_why_kept(module))
-    entry = dataclasses.replace(entry, norm=norm)
+    entry = dataclasses.replace(entry, norm=norm or function is not None)
     if unwanted is not None:
         return dataclasses.replace(entry, action=Action.LEAVE, why=unwanted, asked=True)
+    if function is not None:
+        return dataclasses.replace(entry, action=Action.LEAVE, why=f"{function} calls batch_norm by function")
     if module in read:
         return dataclasses.replace(entry, action=Action.LEAVE, why=read[module])
     if ruled:
@@ -118,6 +122,11 @@ def _decide(entry: Entry, module: nn.Module, ruled: bool, selection: Selection, 
     return dataclasses.replace(entry, action=Action.WHITEN, why=why)
 
 
+def _is_concerned(module: nn.Module, ruled: bool) -> bool:
+    """Whether there is something to decide about this module as a whole."""
+    return ruled or is_like_batch_norm(module) or is_layer(module)
+
+
 def _why_kept(module: nn.Module) -> str:
     if any(True for _ in module.children()):
         return "container"
@@ -133,7 +142,13 @@ def _with_bias(entry: Entry, module: Any, gone: bool) -> Entry:
     return entry
 
 
-def _check_model(model: Any) -> None:
+def check_model(model: Any) -> None:
+    """Refuse what cannot be converted at all.
+
+    Raises:
+        TypeError: not a module.
+        ConfigError: scripted, compiled or wrapped for parallel training.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: expected a torch.nn.Module, got {type(model).__name__}.")
     for path, module in model.named_modules():

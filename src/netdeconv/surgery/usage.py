@@ -8,10 +8,12 @@ this search does not see are found when the model first runs, by :mod:`netdeconv
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from netdeconv.surgery.recognise import is_layer
@@ -26,7 +28,7 @@ from netdeconv.surgery.source import (
     parsed,
 )
 
-__all__ = ["read_by_others"]
+__all__ = ["normalises_by_function", "read_by_others"]
 
 _READ = {"weight", "bias", "running_mean", "running_var", "_conv_forward"}
 _READ_OF_LAYERS = {"parameters", "named_parameters", "_parameters", "get_parameter", "state_dict"}
@@ -34,6 +36,7 @@ _READ_OF_LAYERS = {"parameters", "named_parameters", "_parameters", "get_paramet
 _HARMLESS = {"device", "dtype", "shape", "size", "dim", "ndim", "numel", "is_cuda", "requires_grad"}
 _ASKING = {"isinstance", "hasattr", "len", "type"}
 _DEEPEST = 3  # helper functions that call helper functions
+_BATCH_NORM: tuple[Any, ...] = (torch.nn.functional.batch_norm, torch.batch_norm)
 
 
 def read_by_others(model: nn.Module) -> dict[nn.Module, str]:
@@ -52,10 +55,35 @@ def read_by_others(model: nn.Module) -> dict[nn.Module, str]:
     return found
 
 
+def normalises_by_function(module: nn.Module) -> str | None:
+    """The method of a module that calls torch's function ``batch_norm``, on statistics that no child keeps."""
+    for method in forward_functions(module):
+        for node in method.nodes:
+            if isinstance(node, ast.Call) and _named(node.func, method.function.__globals__) in _BATCH_NORM:
+                names = bound_names(method, module)
+                given = (*node.args, *(word.value for word in node.keywords))
+                owners = [
+                    owner
+                    for part in given
+                    if isinstance(part, ast.Attribute)
+                    for owner in modules_meant(part.value, names)
+                ]
+                if all(owner is module for owner in owners):
+                    return f"{type(module).__name__}.{method.tree.name}"
+    return None
+
+
+def _named(node: ast.expr, known: dict[str, Any]) -> Any:
+    """What a dotted name stands for among a function's globals; ``None`` for anything else."""
+    if isinstance(node, ast.Name):
+        return known.get(node.id)
+    return getattr(_named(node.value, known), node.attr, None) if isinstance(node, ast.Attribute) else None
+
+
 def _reads(method: Method, names: Names, depth: int) -> Iterator[tuple[nn.Module, str]]:
     """Modules whose weight, bias or statistics this function reads, or one that it hands them to; and which of them."""
-    harmless = set(_harmless(method.tree))
-    for node in ast.walk(method.tree):
+    harmless = _harmless(method)
+    for node in method.nodes:
         if node in harmless:
             continue
         if isinstance(node, ast.Attribute) and node.attr in _READ:
@@ -106,15 +134,18 @@ def _callees(func: ast.expr, caller: Method, names: Names) -> Iterator[tuple[Any
                 yield function, None if static else owner
 
 
-def _harmless(function: ast.FunctionDef) -> Iterator[ast.AST]:
+@functools.lru_cache(maxsize=4096)
+def _harmless(method: Method) -> frozenset[ast.AST]:
     """Reads that only ask for dtype or shape, or whether there is a tensor at all; and what is written to."""
-    for node in ast.walk(function):
+    found: set[ast.AST] = set()
+    for node in method.nodes:
         if isinstance(node, ast.Attribute):
             if node.attr in _HARMLESS:
-                yield from ast.walk(node.value)
+                found |= set(ast.walk(node.value))
             if not isinstance(node.ctx, ast.Load):
-                yield node
+                found.add(node)
         elif isinstance(node, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
-            yield from ast.walk(node.left)
+            found |= set(ast.walk(node.left))
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ASKING:
-            yield from ast.walk(node)
+            found |= set(ast.walk(node))
+    return frozenset(found)
