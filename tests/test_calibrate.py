@@ -221,3 +221,43 @@ def test_a_calibrated_layer_warns_of_new_batches_that_are_not_finite() -> None:
     netdeconv.calibrate(layer, x)
     with pytest.warns(NonFiniteWarning, match=r"in 1 step\(s\), 1 so far"):
         layer(x * torch.nan)
+
+
+class Headed(nn.Module):
+    """A trunk, and a head that runs in training only; ``strict`` training wants labels."""
+
+    def __init__(self, strict: bool = False) -> None:
+        super().__init__()
+        self.trunk, self.strict = network(CONFIGS["default"]), strict
+        self.head = netdeconv.WhitenedLinear(3, 3, dtype=torch.float64, whitening=WhiteningConfig(solver="eigh"))
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        y = self.trunk(x)
+        if not self.training:
+            return y
+        if self.strict and labels is None:
+            raise ValueError("no labels")
+        return y + self.head(y)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_head_that_only_training_runs_is_reached(passes: int) -> None:
+    model, alone = Headed(), Headed()
+    netdeconv.calibrate(model, batches(), passes=passes)
+    netdeconv.calibrate(alone.trunk, batches(), passes=passes)
+    for name, value in alone.trunk.state_dict().items():
+        assert torch.equal(model.trunk.state_dict()[name], value), name
+    with torch.no_grad():
+        rows = torch.cat([alone.trunk.eval()(x) for x in batches()])
+    torch.testing.assert_close(model.head.whitening.running_mean, rows.mean(0))
+    assert model.training and model.head.whitening.num_updates == len(batches())
+
+
+def test_a_head_that_wants_labels_in_training_is_reported() -> None:
+    model = Headed(strict=True)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(StatisticsError, match=r"got none at WhitenedLinear.*exclude= them when converting"):
+        netdeconv.calibrate(model, batches())
+    with pytest.raises(StatisticsError, match="got none at WhitenedLinear"):
+        netdeconv.calibrate(Headed(), iter(batches()))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

@@ -25,7 +25,6 @@ SMALL = WhiteningConfig(block_size=16, max_samples=256)
 NO_BATCH_NORM = {"timm_vit", "timm_convnext"}
 # Compiling takes seconds each; these have every kind of replaced module between them.
 COMPILED = {"resnet18", "timm_resnetv2"}
-AUXILIARY = {"googlenet", "inception_v3"}  # heads that run in training only
 
 
 def build(name: str) -> tuple[nn.Module, Any]:
@@ -76,14 +75,10 @@ def test_preserved(name: str) -> None:
     model, x = build(name)
     model.eval()
     data = [torch.randn_like(x) for _ in range(2)]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        converted = netdeconv.convert(model, SMALL, preserve=data)
+    converted = netdeconv.convert(model, SMALL, preserve=data)  # warnings are errors here
 
-    assert [str(warning.message) for warning in caught if "never reach" not in str(warning.message)] == []
-    assert bool(caught) == (name in AUXILIARY)
     assert not batch_norms(converted)
-    assert sum(isinstance(module, WhitenedLayer) for module in converted.modules()) > 5
+    assert {type(module) for module in converted.modules()}.isdisjoint({nn.Conv2d, nn.Linear})  # auxiliary heads too
     with torch.no_grad():
         assert max_relative_error(converted(x), model(x)) <= PRESERVED_TOLERANCE
         fused = netdeconv.fuse(converted)

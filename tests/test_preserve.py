@@ -181,24 +181,57 @@ def test_layers_that_share_weights_stay_plain() -> None:
     assert max_relative_error(converted(x), model(x)) < PRESERVED_TOLERANCE
 
 
-def test_layers_that_the_data_never_reach_stay_plain() -> None:
-    class Auxiliary(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.main = ConvNormAct(3)
-            self.aux = ConvNormAct(3)
+class Auxiliary(nn.Module):
+    """A second head that runs in training only, as GoogLeNet's; ``how`` says what else training asks for."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.main(x) + self.aux(x) if self.training else self.main(x)
+    def __init__(self, how: str = "") -> None:
+        super().__init__()
+        self.how = how
+        self.main, self.aux = ConvNormAct(3), ConvNormAct(3)
+        self.drop, self.norm = nn.Dropout(), nn.BatchNorm2d(3)
+        self.register_buffer("seen", torch.zeros(()))
 
-    model = randomise_statistics(Auxiliary())
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        y = self.norm(self.drop(self.main(x)))
+        if self.how == "never":
+            return y
+        if self.training:
+            self.seen += 1
+            self.seen = self.seen + 1
+            if self.how == "labels" and labels is None:
+                raise ValueError("no labels")
+            return y + self.aux(y)
+        return y
+
+
+def test_heads_that_only_training_runs_are_preserved_too() -> None:
+    model = trained(Auxiliary())
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    seen: list[Tensor] = []
+    converted = netdeconv.convert(model, preserve=x)  # warnings are errors here
+    assert type(converted.aux.conv) is WhitenedConv2d and type(converted.aux.norm) is nn.Identity
+    assert not any(module.training for module in converted.modules()) and converted.seen == 0
+    # The statistics are those of what the head sees behind a trunk in evaluation.
+    converted.aux.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for net in (model, converted):
+        net.training = True  # the branch alone: dropout and batch norms stay in evaluation
+    torch.testing.assert_close(converted(x), model(x), rtol=EXACT_TOLERANCE, atol=EXACT_TOLERANCE)
+    mean = F.unfold(seen[0], 3, padding=1).mean((0, 2))
+    torch.testing.assert_close(converted.aux.conv.whitening.running_mean, mean)
+
+
+@pytest.mark.parametrize("how", ["labels", "never"])
+def test_layers_that_the_data_never_reach_stay_plain(how: str) -> None:
+    model = randomise_statistics(Auxiliary(how)).eval()
     x = torch.randn(4, 3, 5, 5)
     with pytest.warns(UserWarning, match=r"aux.conv \(the data never reach it\)"):
         converted = netdeconv.convert(model, preserve=x)
     assert type(converted.aux.conv) is nn.Conv2d
     assert type(converted.aux.norm) is ChannelAffine
-    torch.testing.assert_close(converted.aux.eval()(x), model.aux.eval()(x))
-    converted.train()(x).sum().backward()
+    torch.testing.assert_close(converted.aux(x), model.aux(x))
+    assert type(converted.main.conv) is WhitenedConv2d and type(converted.main.norm) is nn.Identity
+    assert not any(module.training for module in converted.modules()) and converted.seen == 0
+    converted.train()(x, x).sum().backward()
 
 
 def test_a_batch_norm_without_statistics_stays() -> None:

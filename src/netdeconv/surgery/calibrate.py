@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from netdeconv.errors import ConfigError, StatisticsError
+from netdeconv.errors import ConfigError, NumericalError, StatisticsError
 from netdeconv.nn import ChannelWhitening, Whitening
 from netdeconv.nn.layer import WhitenedLayer
 from netdeconv.surgery.batches import batches, run_batch
-from netdeconv.surgery.modes import evaluating
+from netdeconv.surgery.modes import evaluating, training_branches
 from netdeconv.surgery.statistics import Gatherer, input_rows, remember
 
 __all__ = ["calibrate"]
@@ -32,7 +32,9 @@ def calibrate(
     those of the pass before. After pass k they are exact for the first k layers of a chain: exactly the statistics
     of what the layer sees in evaluation.
 
-    Everything but the whitenings is in evaluation mode meanwhile (no dropout). Training flags are restored.
+    Everything but the whitenings is in evaluation mode meanwhile (no dropout). Training flags are restored. Layers that
+    the data do not reach so are looked for in the branches that only training takes, as auxiliary heads are, by
+    going through the data once more.
     Frozen whitenings are recomputed too, as this is an explicit wish.
 
     Args:
@@ -67,6 +69,47 @@ def calibrate(
 
 
 def _one_pass(model: nn.Module, layers: dict[nn.Module, Whitening], data: Any, call: Any, own: bool) -> None:
+    gathered = _gather(model, layers, data, call, own)
+    missed = _remember_all(gathered)
+    if not missed:
+        return
+    if iter(data) is not data:
+        missed = _reach_in_training(model, missed, data, call, own)
+    if missed:
+        labels = [whitening.label for whitening in missed.values()]
+        shown = ", ".join(labels[:5]) + (f", and {len(labels) - 5} more" if len(labels) > 5 else "")
+        raise StatisticsError(
+            f"calibrate: expected data that reach every whitening, got none at {shown}. If the model never runs these "
+            "layers, exclude= them when converting."
+        )
+
+
+def _reach_in_training(
+    model: nn.Module, layers: dict[nn.Module, Whitening], data: Any, call: Any, own: bool
+) -> dict[nn.Module, Whitening]:
+    """Gather for these layers in the branches of training; returns those that the data do not reach there either."""
+    try:
+        with training_branches(model):
+            gathered = _gather(model, layers, data, call, own)
+    except NumericalError:
+        raise
+    except Exception:  # whatever a forward wants in training, such as labels
+        return layers
+    return _remember_all(gathered)
+
+
+def _remember_all(gathered: dict[nn.Module, Gatherer]) -> dict[nn.Module, Whitening]:
+    """Make what was gathered the remembered statistics; returns the layers for which there is nothing."""
+    for gatherer in gathered.values():
+        if gatherer.total:
+            remember(gatherer.whitening, gatherer.moments(), gatherer.batches)
+    return {layer: gatherer.whitening for layer, gatherer in gathered.items() if not gatherer.total}
+
+
+def _gather(
+    model: nn.Module, layers: dict[nn.Module, Whitening], data: Any, call: Any, own: bool
+) -> dict[nn.Module, Gatherer]:
+    """The statistics of what these layers see; with ``own`` they whiten a batch by the batch's own meanwhile."""
     gatherers = {layer: Gatherer(whitening, every_position=True) for layer, whitening in layers.items()}
 
     def gather(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -85,12 +128,4 @@ def _one_pass(model: nn.Module, layers: dict[nn.Module, Whitening], data: Any, c
     finally:
         for handle in handles:
             handle.remove()
-    unreached = [gatherer.whitening.label for gatherer in gatherers.values() if not gatherer.total]
-    if unreached:
-        shown = ", ".join(unreached[:5]) + (f", and {len(unreached) - 5} more" if len(unreached) > 5 else "")
-        raise StatisticsError(
-            f"calibrate: expected data that reach every whitening, got none at {shown}. Layers that run in training "
-            "only, such as auxiliary heads, get their statistics there."
-        )
-    for gatherer in gatherers.values():
-        remember(gatherer.whitening, gatherer.moments(), gatherer.batches)
+    return gatherers

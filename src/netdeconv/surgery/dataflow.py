@@ -63,9 +63,15 @@ class Watch(TorchFunctionMode):
         self._handles.clear()
 
     def run(self, call: Callable[[], Any]) -> Any:
-        """Run the model; what it returns counts as read."""
-        with self:
-            output = call()
+        """Run the model; what it returns counts as read. A run that fails counts as none."""
+        before = set(self._read_elsewhere), dict(self._calls), {norm: [*read] for norm, read in self._sources.items()}
+        try:
+            with self:
+                output = call()
+        except BaseException:
+            self._read_elsewhere, self._calls, self._sources = before
+            self._inside = 0
+            raise
         for tensor in tensors_of(output):
             self._read(tensor)
         return output

@@ -100,12 +100,15 @@ def parameter_like(old: Tensor, value: Tensor) -> nn.Parameter:
 
 
 def _shape_of(conv: Any) -> tuple[Any, ...]:
+    def full(value: Any) -> Any:  # torch takes one number in a tuple for all dimensions
+        return value * len(conv.kernel_size) if isinstance(value, tuple) and len(value) == 1 else value
+
     return (
         conv.in_channels,
         conv.out_channels,
         conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
+        full(conv.stride),
+        full(conv.padding),
+        full(conv.dilation),
         conv.groups,
     )

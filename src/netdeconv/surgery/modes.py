@@ -1,4 +1,4 @@
-"""Evaluation mode for a while, and random numbers that leave no trace."""
+"""Evaluation mode for a while, branches that run in training only, and random numbers that leave no trace."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-__all__ = ["evaluating", "fork_rng"]
+from netdeconv.surgery.recognise import is_layer, is_like_batch_norm
+
+__all__ = ["evaluating", "fork_rng", "training_branches"]
 
 
 @contextlib.contextmanager
@@ -25,6 +27,37 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             for child in parent.children():
                 if child not in flags:
                     child.training = parent.training
+
+
+@contextlib.contextmanager
+def training_branches(model: nn.Module) -> Iterator[None]:
+    """Let a model in evaluation mode take the branches of its training, such as auxiliary heads.
+
+    Only modules around others are told that they are in training, as it is they who choose a branch: layers,
+    normalisations and dropout go on as in evaluation. What buffers held before, they hold afterwards.
+    """
+    held = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    told = [
+        module
+        for module in model.modules()
+        if any(True for _ in module.children())
+        and not (module.training or is_layer(module) or is_like_batch_norm(module))
+    ]
+    for module in told:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module in told:
+            module.training = False
+        for buffers, name, buffer, value in held:
+            buffer.copy_(value)
+            buffers[name] = buffer
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,14 +14,15 @@ from netdeconv.config import WhiteningConfig
 from netdeconv.errors import NumericalError
 from netdeconv.functional import Blocks
 from netdeconv.surgery.affine import ChannelAffine, scale_and_shift
-from netdeconv.surgery.batches import batches, max_relative_error, run_batch
+from netdeconv.surgery.batches import max_relative_error, run_batch
 from netdeconv.surgery.dataflow import Watch
 from netdeconv.surgery.layers import Setting, parameter_like, setting_for, whitened_twin
 from netdeconv.surgery.modes import evaluating, fork_rng
+from netdeconv.surgery.observe import observe
 from netdeconv.surgery.plan import Action, ConversionPlan
 from netdeconv.surgery.reads import WeightReads
 from netdeconv.surgery.recognise import BatchNorm, batch_norm
-from netdeconv.surgery.statistics import Gatherer, input_rows, remember
+from netdeconv.surgery.statistics import Gatherer, remember
 from netdeconv.surgery.transplant import become
 
 __all__ = ["preserved", "unfold"]
@@ -31,7 +31,6 @@ __all__ = ["preserved", "unfold"]
 # is amplified by the condition of the roots, at most 1.5**5 = 8 per layer for 5 steps, some hundred for "eigh".
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _TOLERANCE_HALF = 0.1
-_COMPARED = 8  # batches that are kept, with their outputs, to be run again at the end
 
 # Fine-tuned at tiny maps, "tiles" was seen to leave evaluation far behind training, where "spread" does not.
 _SETTING = WhiteningConfig(sampling="spread")
@@ -65,7 +64,8 @@ def preserved(
     )
     reads = WeightReads(model, twins)
     with evaluating(model):
-        gatherers, seen = _observe(model, twins, watch, reads, data, call)
+        whitenings = {layer: twin.whitening for layer, twin in twins.items()}
+        gatherers, seen = observe(model, whitenings, watch, reads, data, call)
         plain |= {layer: "the data never reach it" for layer in twins if not gatherers[layer].total}
         plain |= {layer: f"its weight is read elsewhere ({place})" for layer, place in reads.found.items()}
         feeds = watch.feeds()
@@ -108,32 +108,6 @@ def _warn_of_plain(plan: ConversionPlan, done: dict[str, tuple[Action, str]]) ->
     if left:
         shown = ", ".join(left[:5]) + (f", and {len(left) - 5} more" if len(left) > 5 else "")
         warnings.warn(f"convert: left as they were, to preserve the output: {shown}.", UserWarning, stacklevel=6)
-
-
-def _observe(
-    model: nn.Module, twins: dict[nn.Module, Any], watch: Watch, reads: WeightReads, data: Any, call: Any
-) -> tuple[dict[nn.Module, Gatherer], list[tuple[Any, Any]]]:
-    """Run the data; the statistics of every layer's input, and the first batches with what came out of them."""
-    gatherers = {layer: Gatherer(twin.whitening, every_position=False) for layer, twin in twins.items()}
-
-    def gather(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["input"]
-        gatherer = gatherers[layer]
-        gatherer.add(input_rows(x, gatherer.whitening.window))
-
-    handles = [layer.register_forward_pre_hook(gather, with_kwargs=True) for layer in gatherers]
-    seen: list[tuple[Any, Any]] = []
-    try:
-        with reads:
-            for batch in batches(data):
-                with fork_rng():
-                    output = watch.run(functools.partial(run_batch, model, batch, call))
-                if len(seen) < _COMPARED:
-                    seen.append((batch, output))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return gatherers, seen
 
 
 def _replace_norm(
