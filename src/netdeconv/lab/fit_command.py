@@ -62,8 +62,10 @@ def run(command: str, arguments: Sequence[str]) -> int:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+    from netdeconv.lab.allocator import keep_freed_memory
     from netdeconv.lab.progress import quiet_lightning
 
+    keep_freed_memory()
     with quiet_lightning(diverging=True), warnings.catch_warnings():
         for message in _NOT_OURS:
             warnings.filterwarnings("ignore", message=message)

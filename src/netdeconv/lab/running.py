@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
+from netdeconv.lab.allocator import keep_freed_memory
+
 __all__ = ["fit", "threads"]
 
 
@@ -17,6 +19,7 @@ def fit(task: LightningModule, data: LightningDataModule, *, epochs: int, callba
     Raises:
         KeyboardInterrupt: on Ctrl-C, where Lightning would exit with code 1.
     """
+    keep_freed_memory()
     trainer = Trainer(
         accelerator="cpu",
         devices=1,

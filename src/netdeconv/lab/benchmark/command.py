@@ -87,6 +87,7 @@ def measure(name: str, settings: Settings, out: Path, follow: Follower) -> tuple
         What is in the JSON file, the text for the terminal, and the files. Interrupted, the record says
         ``complete: false`` and the text is empty; there are files if anything had been measured.
     """
+    from netdeconv.lab.allocator import keep_freed_memory
     from netdeconv.lab.benchmark import record as records
     from netdeconv.lab.benchmark.contestants import device_of
     from netdeconv.lab.running import threads
@@ -95,6 +96,7 @@ def measure(name: str, settings: Settings, out: Path, follow: Follower) -> tuple
     device_of(settings.device)
     out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is known before the work
     result: dict[str, Any] = {}
+    keep_freed_memory()  # as ``netdeconv fit`` does; memory itself is measured in processes of their own
     with threads(settings.threads):
         record = records.describe(name, settings)
         try:
