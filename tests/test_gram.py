@@ -16,9 +16,9 @@ def drawn(rows: int, features: int, dtype: torch.dtype = torch.float64) -> Tenso
     return (torch.randn(rows, features, generator=draw, dtype=torch.float64) @ mixing).to(dtype)
 
 
-def by_the_covariance(rows: Tensor, eps: float, num_iters: int) -> Tensor:
+def by_the_covariance(rows: Tensor, eps: float, num_iters: int, solver: str = "newton_schulz") -> Tensor:
     cov = rows.mT @ rows + eps * torch.eye(rows.shape[1], dtype=rows.dtype)
-    return inverse_sqrt(cov, num_iters=num_iters, solver="newton_schulz")
+    return inverse_sqrt(cov, num_iters=num_iters, solver=solver)
 
 
 @pytest.mark.parametrize("num_iters", [1, 2, 5, 15])
@@ -26,14 +26,22 @@ def by_the_covariance(rows: Tensor, eps: float, num_iters: int) -> Tensor:
 @pytest.mark.parametrize("eps", [0.0, 1e-5, 0.3])
 def test_it_is_the_root_of_the_covariance(rows: int, features: int, num_iters: int, eps: float) -> None:
     x = drawn(rows, features)
-    root = inverse_sqrt_of_rows(x, eps=eps, num_iters=num_iters)
+    root = inverse_sqrt_of_rows(x, eps=eps, num_iters=num_iters, solver="newton_schulz")
     torch.testing.assert_close(root, by_the_covariance(x, eps, num_iters), rtol=1e-7, atol=1e-7)
 
 
-def test_the_gradient_is_that_of_the_root_of_the_covariance() -> None:
+@pytest.mark.parametrize(("solver", "num_iters"), [("chebyshev", 5), ("quintic", 15), ("auto", 5), ("auto", 7)])
+def test_every_iteration_runs_on_the_rows(solver: str, num_iters: int) -> None:
+    x = drawn(4, 9)
+    root = inverse_sqrt_of_rows(x, eps=1e-3, num_iters=num_iters, solver=solver)
+    torch.testing.assert_close(root, by_the_covariance(x, 1e-3, num_iters, solver), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("solver", ["newton_schulz", "chebyshev"])
+def test_the_gradient_is_that_of_the_root_of_the_covariance(solver: str) -> None:
     x, weights = drawn(4, 9).requires_grad_(), drawn(9, 9)
-    (mine,) = torch.autograd.grad((inverse_sqrt_of_rows(x, eps=1e-3) * weights).sum(), x)
-    (known,) = torch.autograd.grad((by_the_covariance(x, 1e-3, 5) * weights).sum(), x)
+    (mine,) = torch.autograd.grad((inverse_sqrt_of_rows(x, eps=1e-3, solver=solver) * weights).sum(), x)
+    (known,) = torch.autograd.grad((by_the_covariance(x, 1e-3, 5, solver) * weights).sum(), x)
     torch.testing.assert_close(mine, known, rtol=1e-8, atol=1e-8)
 
 
@@ -51,7 +59,8 @@ def test_eps_beside_rows_of_any_size(scale: float, constant: bool) -> None:
     if constant:
         x = (x[:1] * 1e-3).repeat(4, 1)
     root = inverse_sqrt_of_rows(x, eps=1e-5)
-    torch.testing.assert_close(root.double(), by_the_covariance(x.double(), 1e-5, 5), rtol=1e-3, atol=1e-9)
+    known = by_the_covariance(x.double(), 1e-5, 5, "chebyshev")
+    torch.testing.assert_close(root.double(), known, rtol=1e-3, atol=1e-9)
 
 
 def test_zeros_without_eps_have_a_finite_gradient() -> None:
@@ -67,6 +76,8 @@ def test_what_cannot_be_is_refused_in_words() -> None:
             inverse_sqrt_of_rows(wrong, eps=1e-5)
     with pytest.raises(ValueError, match="num_iters >= 1, got 0"):
         inverse_sqrt_of_rows(torch.ones(2, 3), eps=1e-5, num_iters=0)
+    with pytest.raises(ValueError, match="a solver that iterates, got 'eigh'"):
+        inverse_sqrt_of_rows(torch.ones(2, 3), eps=1e-5, solver="eigh")
 
 
 def test_rows_of_zeros_give_a_multiple_of_the_identity() -> None:

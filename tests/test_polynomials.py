@@ -29,7 +29,7 @@ def test_the_gain_is_that_of_the_steps_for_every_eigenvalue(solver: str) -> None
     num_iters, tolerance = FIT[solver]
     a = grid()
     known = torch.tensor([ref.ns_gain(float(value), num_iters) for value in a], dtype=torch.float64)
-    ours = MAPS[solver](a.reshape(-1, 1, 1), num_iters).flatten()
+    ours = MAPS[solver](a.reshape(-1, 1, 1), torch.ones(1, 1, dtype=a.dtype), num_iters).flatten()
     error = float((ours / known - 1).abs().max())
     assert tolerance / 2 < error < tolerance
     # One step more or fewer is another map altogether.

@@ -58,8 +58,9 @@ def _watched() -> bool:
 class _Fold(Function):
     """:func:`_plain_fold`, with as few passes over the weights backwards as forwards.
 
-    The gradient of w is that of its first result plus an outer product, times D; recorded step by step, the outer
-    product would be written out and added up in three more passes.
+    The gradient of w is that of its first result plus an outer product, times D. The outer product is multiplied
+    by D as a vector, and added in place; recorded step by step, it would be written out and added up in three more
+    passes, each into memory of its own.
     """
 
     forward = staticmethod(_plain_fold)
@@ -81,16 +82,21 @@ class _Fold(Function):
         _, for_weight, for_mean, *for_roots = ctx.needs_input_grad
         mean, *kept = ctx.saved_tensors
         roots, kept = kept[: len(for_roots)], kept[len(for_roots) :]
-        total = torch.addcmul(grad_folded, grad_shift.unsqueeze(-1), mean.unsqueeze(1))
         grad_mean = (grad_shift.unsqueeze(1) @ kept.pop(0)).squeeze(1) if for_mean else None
         grad_roots: list[Tensor | None] = [None] * len(roots)
         if any(for_roots):
+            total = torch.addcmul(grad_folded, grad_shift.unsqueeze(-1), mean.unsqueeze(1))
             weights, totals = blocks.split(kept.pop()), blocks.split(total)
             grad_roots = [
                 (_rows(part).mT @ _rows(back)).reshape(root.shape) if wanted else None
                 for part, back, root, wanted in zip(weights, totals, roots, for_roots, strict=True)
             ]
-        return None, _times_roots(total, roots, blocks) if for_weight else None, grad_mean, *grad_roots
+        grad_weight = None
+        if for_weight:
+            whitened_mean = _times_roots(mean.unsqueeze(1), roots, blocks)
+            grad_weight = _times_roots(grad_folded, roots, blocks)
+            grad_weight.addcmul_(grad_shift.unsqueeze(-1), whitened_mean)
+        return None, grad_weight, grad_mean, *grad_roots
 
 
 def _times_roots(grouped: Tensor, roots: Sequence[Tensor], blocks: Blocks) -> Tensor:

@@ -2,48 +2,59 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from netdeconv.errors import ShapeError
-from netdeconv.functional.isqrt import too_many_for_tf32
+from netdeconv.functional.isqrt import SOLVERS, chosen_solver, iterated, too_many_for_tf32
 
 __all__ = ["inverse_sqrt_of_rows"]
 
 
-class _Element(NamedTuple):
-    """``scalar I + x^T inner x``, for rows x that are always the same, with what it does to them: ``outer x``.
+class _Element:
+    """``scalar I + x^T inner x`` for rows x that are always the same, as polynomials of ``x^T x`` are.
 
-    Polynomials of ``x^T x`` have this form. ``outer = scalar I + x x^T inner``; all matrices are as large as the
-    number of rows, symmetric, and commute.
+    What it does to the rows, ``outer x`` with ``outer = scalar I + x x^T inner``, is carried along, below ``inner``
+    in one tensor of shape ``(2 rows, rows)``, so that a product of two elements is one matrix product. Inner and
+    outer are symmetric, and commute with those of other elements.
     """
 
-    scalar: Tensor
-    inner: Tensor
-    outer: Tensor
+    def __init__(self, scalar: Tensor, pair: Tensor) -> None:
+        self.scalar, self.pair = scalar, pair
 
-    def times(self, other: _Element) -> _Element:
-        inner = self.scalar * other.inner + self.inner @ other.outer
-        return _Element(self.scalar * other.scalar, inner, self.outer @ other.outer)
+    @property
+    def inner(self) -> Tensor:
+        return self.pair[: self.pair.shape[1]]
 
-    def step(self, eye: Tensor) -> _Element:
-        """``(3 I - self) / 2``."""
-        return _Element(1.5 - 0.5 * self.scalar, -0.5 * self.inner, 1.5 * eye - 0.5 * self.outer)
+    @property
+    def outer(self) -> Tensor:
+        return self.pair[self.pair.shape[1] :]
+
+    def __matmul__(self, other: _Element) -> _Element:
+        inner, outer = (self.pair @ other.outer).chunk(2)
+        return _Element(self.scalar * other.scalar, torch.cat([inner + self.scalar * other.inner, outer]))
+
+    def __rmul__(self, factor: float) -> _Element:
+        return _Element(factor * self.scalar, factor * self.pair)
+
+    def __add__(self, other: _Element) -> _Element:
+        return _Element(self.scalar + other.scalar, self.pair + other.pair)
+
+    def __sub__(self, other: _Element) -> _Element:
+        return _Element(self.scalar - other.scalar, self.pair - other.pair)
 
 
-def inverse_sqrt_of_rows(rows: Tensor, *, eps: float, num_iters: int = 5) -> Tensor:
-    """``inverse_sqrt(rows^T rows + eps I, num_iters=num_iters, solver="newton_schulz")``, for fewer rows than features.
+def inverse_sqrt_of_rows(rows: Tensor, *, eps: float, num_iters: int = 5, solver: str = "auto") -> Tensor:
+    """``inverse_sqrt(rows^T rows + eps I, num_iters=num_iters, solver=solver)``, for fewer rows than features.
 
     The same iteration, carried out on what the rows span, and known outside: there the gain is that of ``eps``.
-    ``6 num_iters`` products of the size of the rows replace ``3 num_iters`` of the size of the features.
+    Its products are of twice the rows by the rows, instead of the features.
 
     Shapes: rows ``(rows, features)`` -> ``(features, features)``, in float32 at least. Differentiable.
 
     Raises:
         ShapeError: rows is not a matrix, or empty.
-        ValueError: num_iters < 1.
+        ValueError: num_iters < 1, or a solver that is no iteration or has no coefficients for num_iters.
 
     Source: Ye et al. 2020, section 3.3, for the iteration; that it runs on the Gram matrix is ours.
     """
@@ -54,6 +65,8 @@ def inverse_sqrt_of_rows(rows: Tensor, *, eps: float, num_iters: int = 5) -> Ten
         )
     if num_iters < 1:
         raise ValueError(f"inverse_sqrt_of_rows: expected num_iters >= 1, got {num_iters}. The published number is 5.")
+    if solver not in SOLVERS or solver == "eigh":
+        raise ValueError(f"inverse_sqrt_of_rows: expected a solver that iterates, got {solver!r}. Pass 'auto'.")
     dtype = torch.promote_types(rows.dtype, torch.float32)
     with torch.autocast(rows.device.type, enabled=False):
         rows = rows.to(torch.float64 if too_many_for_tf32(rows, num_iters) else dtype)
@@ -64,13 +77,11 @@ def inverse_sqrt_of_rows(rows: Tensor, *, eps: float, num_iters: int = 5) -> Ten
         gram, added = x @ x.mT, (eps**0.5 / largest).square()
         square = gram.square().sum() + added * (2 * gram.trace() + rows.shape[1] * added)
         norm = torch.where(square > 0, square, torch.ones_like(square)).sqrt()
-        eye = torch.eye(len(x), dtype=x.dtype, device=x.device)
-        scalar, inner = added / norm, eye / norm
-        y = _Element(scalar, inner, scalar * eye + gram / norm)
-        z = step = y.step(eye)
-        for _ in range(num_iters - 1):
-            y = y.times(step)
-            step = z.times(y).step(eye)
-            z = step.times(z)
+        one = torch.eye(len(x), dtype=x.dtype, device=x.device)
+        scalar = added / norm
+        cov = _Element(scalar, torch.cat([one / norm, scalar * one + gram / norm]))
+        eye = _Element(torch.ones_like(scalar), torch.cat([torch.zeros_like(one), one]))
+        root = iterated(cov, eye, num_iters, chosen_solver(solver, num_iters))
         identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        return ((z.scalar * identity + x.mT @ (z.inner @ x)) * (norm.rsqrt() / largest)).to(dtype)
+        scale = norm.rsqrt() / largest
+        return torch.addmm((root.scalar * scale) * identity, x.mT, (scale * root.inner) @ x).to(dtype)

@@ -8,7 +8,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from netdeconv.errors import NumericalError, ShapeError
-from netdeconv.functional.polynomials import CHEBYSHEV, QUINTICS, chebyshev, quintics
+from netdeconv.functional.polynomials import CHEBYSHEV, QUINTICS, chebyshev, newton_schulz, quintics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +67,7 @@ def inverse_sqrt(cov: Tensor, *, num_iters: int = 5, solver: str = "auto") -> Te
     dtype = torch.promote_types(cov.dtype, torch.float32)
     with torch.autocast(cov.device.type, enabled=False):
         scaled, scale = _normalise(cov.to(dtype))
-        root = _eigh(scaled) if solver == "eigh" else _iterated(scaled, num_iters, solver)
+        root = _eigh(scaled) if solver == "eigh" else _iterated_matrix(scaled, num_iters, solver)
         return (root * scale.rsqrt()).to(cov.dtype)
 
 
@@ -103,11 +103,9 @@ def chosen_solver(solver: str, num_iters: int) -> str:
     return solver
 
 
-def _iterated(a: Tensor, num_iters: int, solver: str) -> Tensor:
-    method = {"chebyshev": chebyshev, "quintic": quintics, "newton_schulz": _newton_schulz}[solver]
-    if too_many_for_tf32(a, num_iters):
-        return method(a.double(), num_iters).to(a.dtype)
-    return method(a, num_iters)
+def iterated(a: Any, eye: Any, num_iters: int, solver: str) -> Any:
+    """The map of one of the iterations; for what a and eye may be see :func:`polynomials.newton_schulz`."""
+    return {"chebyshev": chebyshev, "quintic": quintics, "newton_schulz": newton_schulz}[solver](a, eye, num_iters)
 
 
 def too_many_for_tf32(a: Tensor, num_iters: int) -> bool:
@@ -115,16 +113,11 @@ def too_many_for_tf32(a: Tensor, num_iters: int) -> bool:
     return a.is_cuda and num_iters > _MAX_ITERS_IN_TF32 and torch.get_float32_matmul_precision() != "highest"
 
 
-def _newton_schulz(a: Tensor, num_iters: int) -> Tensor:
-    """The coupled iteration, without the products whose factor is the identity or whose result is unused."""
-    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    step = 1.5 * eye - 0.5 * a
-    y, z = a, step
-    for _ in range(num_iters - 1):
-        y = y @ step
-        step = 1.5 * eye - 0.5 * (z @ y)
-        z = step @ z
-    return z
+def _iterated_matrix(a: Tensor, num_iters: int, solver: str) -> Tensor:
+    exact = a.double() if too_many_for_tf32(a, num_iters) else a
+    eye = torch.eye(a.shape[-1], dtype=exact.dtype, device=a.device)
+    root: Tensor = iterated(exact, eye, num_iters, solver)
+    return root.to(a.dtype)
 
 
 def _eigh(a: Tensor) -> Tensor:

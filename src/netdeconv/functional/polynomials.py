@@ -1,18 +1,13 @@
-"""The map of the Newton-Schulz steps from covariance to root, with fewer matrix products.
+"""The map of the Newton-Schulz steps from covariance to root, step by step and with fewer matrix products.
 
 The coefficients are printed by ``tools/fit_inverse_sqrt.py``; a test compares the maps in float64.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
-import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = ["CHEBYSHEV", "QUINTICS", "chebyshev", "quintics"]
+__all__ = ["CHEBYSHEV", "QUINTICS", "chebyshev", "newton_schulz", "quintics"]
 
 # For a number of Newton-Schulz steps: a polynomial in 2 a - 1 as pieces in T_0..T_3, times powers of T_4, lowest
 # first. Largest relative error of the gain over all a in (0, 1]: 1.9e-4.
@@ -38,35 +33,46 @@ QUINTICS = {
 }
 
 
-def chebyshev(a: Tensor, num_iters: int) -> Tensor:
-    """Root of a, of Frobenius norm one, in 6 products in place of 12 for 5 steps.
+def newton_schulz(a: Any, eye: Any, num_iters: int) -> Any:
+    """The coupled iteration, without the products whose factor is the identity or whose result is unused.
+
+    Like the other maps it takes a of Frobenius norm one, and the identity, of any kind that has sums, products, and
+    multiples by a number: matrices, or what stands for them.
+    """
+    step = 1.5 * eye - 0.5 * a
+    y, z = a, step
+    for _ in range(num_iters - 1):
+        y = y @ step
+        step = 1.5 * eye - 0.5 * (z @ y)
+        z = step @ z
+    return z
+
+
+def chebyshev(a: Any, eye: Any, num_iters: int) -> Any:
+    """The map of 5 steps, in 6 products in place of 12.
 
     Paterson and Stockmeyer's scheme in the Chebyshev basis: three products for T_2 to T_4, three for Horner's rule.
     """
     pieces = CHEBYSHEV[num_iters]
-    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    t1 = 2 * a - eye
-    t2 = 2 * t1 @ t1 - eye
-    t3 = 2 * t1 @ t2 - t1
-    t4 = 2 * t2 @ t2 - eye
+    t1 = 2.0 * a - eye
+    t2 = 2.0 * (t1 @ t1) - eye
+    t3 = 2.0 * (t1 @ t2) - t1
+    t4 = 2.0 * (t2 @ t2) - eye
     root = None
     for c0, c1, c2, c3 in reversed(pieces):
         piece = c0 * eye + c1 * t1 + c2 * t2 + c3 * t3
         root = piece if root is None else root @ t4 + piece
-    assert root is not None
     return root
 
 
-def quintics(a: Tensor, num_iters: int) -> Tensor:
-    """Root of a, of Frobenius norm one, in 17 products in place of 42 for 15 steps; coupled as Newton-Schulz is."""
-    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+def quintics(a: Any, eye: Any, num_iters: int) -> Any:
+    """The map of 15 steps, in 17 products in place of 42; coupled as Newton-Schulz is."""
     y, z = a, None
     steps = QUINTICS[num_iters]
     for last, (c0, c1, c2) in enumerate(steps, 1 - len(steps)):
         m = y if z is None else z @ y
-        step = c0 * eye + c1 * m + c2 * m @ m
+        step = c0 * eye + c1 * m + c2 * (m @ m)
         z = step if z is None else step @ z
         if last:
             y = y @ step
-    assert z is not None
     return z

@@ -213,16 +213,18 @@ class Whitening(nn.Module):
         return spread_patches(x, self.window, sampling_stride=wanted, max_samples=max_samples, turn=turn)
 
     def _moments_of(self, sample: Sample) -> Moments:
-        """With a factor instead of the covariance where that is the shorter way to the root of Newton and Schulz."""
+        """With a factor instead of the covariance where an iteration is shorter on the rows."""
         short = self.blocks.single and sample.weights is None and 2 * len(sample.rows) <= self.blocks.group_features
         alone = not (self.config.sync and distributed(self.process_group))
-        factored = short and alone and self.config.solver in ("auto", "newton_schulz")
+        factored = short and alone and self.config.solver != "eigh"
         return patch_moments(sample.rows, self.blocks, sample.weights, factored=factored)
 
     def _computed_roots(self, moments: Moments) -> list[Tensor]:
         eps, num_iters = self.config.eps, self.config.num_iters
         if moments.factor is not None:
-            return [inverse_sqrt_of_rows(moments.factor, eps=eps, num_iters=num_iters)]
+            return [
+                inverse_sqrt_of_rows(moments.factor, eps=eps, num_iters=num_iters, solver=self.config.solver)
+            ]
         return [
             inverse_sqrt(
                 cov + eps * torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device),
