@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd import forward_ad
 from torch.autograd.function import Function, FunctionCtx
 
+from netdeconv.functional.products import times_root
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -35,16 +38,26 @@ def fold(
     with torch.autocast(weight.device.type, enabled=False):
         grouped = weight.to(dtype).reshape(blocks.groups, -1, blocks.group_features)
         spread = blocks.spread_mean(mean.to(dtype))
-        fold_in = _plain_fold if _watched() else _Fold.apply
-        folded, shift = fold_in(blocks, grouped, spread, *(root.to(dtype) for root in roots))
+        exact = [root.to(dtype) for root in roots]
+        fold_in = _Fold.apply if _recorded(grouped, spread, *exact) and not _watched() else _plain_fold
+        folded, shift = fold_in(blocks, grouped, spread, *exact)
         shifted = -shift.flatten() if bias is None else bias.to(dtype) - shift.flatten()
     return folded.reshape(weight.shape).to(weight.dtype), shifted.to(weight.dtype)
 
 
 def _plain_fold(blocks: Blocks, grouped: Tensor, mean: Tensor, *roots: Tensor) -> tuple[Tensor, Tensor]:
-    """``w -> (D w, mean D w)`` for every group."""
-    folded = _times_roots(grouped, roots, blocks)
-    return folded, (folded @ mean.unsqueeze(-1)).squeeze(-1)
+    """``w -> (D w, mean D w)`` for every group, in operators that anything can look through."""
+    folded = _times_roots(grouped, roots, blocks, lambda rows, root: rows @ root)
+    return folded, _shift(folded, mean)
+
+
+def _shift(folded: Tensor, mean: Tensor) -> Tensor:
+    return (folded @ mean.unsqueeze(-1)).squeeze(-1)
+
+
+def _recorded(*tensors: Tensor) -> bool:
+    """Whether a gradient is recorded; where none is, torch 2.14's compiler mistakes :class:`_Fold`'s arguments."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _watched() -> bool:
@@ -63,7 +76,10 @@ class _Fold(Function):
     passes, each into memory of its own.
     """
 
-    forward = staticmethod(_plain_fold)
+    @staticmethod
+    def forward(blocks: Blocks, grouped: Tensor, mean: Tensor, *roots: Tensor) -> tuple[Tensor, Tensor]:
+        folded = _times_roots(grouped, roots, blocks, _product(blocks))
+        return folded, _shift(folded, mean)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -93,16 +109,24 @@ class _Fold(Function):
             ]
         grad_weight = None
         if for_weight:
-            whitened_mean = _times_roots(mean.unsqueeze(1), roots, blocks)
-            grad_weight = _times_roots(grad_folded, roots, blocks)
+            product = _product(blocks)
+            whitened_mean = _times_roots(mean.unsqueeze(1), roots, blocks, product)
+            grad_weight = _times_roots(grad_folded, roots, blocks, product)
             grad_weight.addcmul_(grad_shift.unsqueeze(-1), whitened_mean)
         return None, grad_weight, grad_mean, *grad_roots
 
 
-def _times_roots(grouped: Tensor, roots: Sequence[Tensor], blocks: Blocks) -> Tensor:
+def _product(blocks: Blocks) -> Callable[[Tensor, Tensor], Tensor]:
+    """How rows are multiplied by a root; the features of interleaved blocks have no taps in order."""
+    return functools.partial(times_root, taps=1 if blocks.interleaved else blocks.taps)
+
+
+def _times_roots(
+    grouped: Tensor, roots: Sequence[Tensor], blocks: Blocks, product: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
     """(groups, out, features of the group) times the symmetric root of each part."""
     parts = [
-        (_rows(part) @ root).reshape(part.shape)
+        product(_rows(part), root).reshape(part.shape)
         for part, root in zip(blocks.split(grouped), roots, strict=True)
     ]
     return blocks.join(parts)

@@ -15,9 +15,9 @@ _NEVER = 2**31 - 1
 def keep_freed_memory() -> bool:
     """Tell the C library to keep freed memory in this process, as torch does by itself on a GPU.
 
-    By default glibc hands blocks above 32 MB back to the system when a tensor is freed, and the system clears and maps every
-    page anew at the next step: some 60,000 page faults in a step of VGG-11, which on a virtual machine cost a fifth of
-    its time. The process stays as large as it ever was. Applies to the whole process, until it ends.
+    By default glibc hands blocks above 32 MB back to the system when a tensor is freed, and the system clears and maps
+    every page anew at the next step: some 60,000 page faults in a step of VGG-11, which on a virtual machine cost a
+    fifth of its time. The process stays as large as it ever was. Applies to the whole process, until it ends.
 
     Returns:
         Whether it was done; elsewhere than with glibc nothing is changed.
