@@ -12,7 +12,6 @@ import pytest
 
 from netdeconv import ConfigError
 from netdeconv.cli import main
-from netdeconv.lab.experiments import registry
 from netdeconv.lab.experiments.experiment import SIZES, Experiment, Picture, Presentation, Workspace
 from netdeconv.lab.experiments.results import carry_out, markdown, outcomes
 from netdeconv.lab.options import check_fields, option
@@ -75,7 +74,6 @@ EXPERIMENT = Experiment(
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """The experiment above is the only one there is."""
     computed.clear()
-    monkeypatch.setattr(registry, "load", {"squares": EXPERIMENT}.__getitem__)
     for module in ("netdeconv.lab.reproduce_command", "netdeconv.lab.experiments.results"):
         monkeypatch.setattr(f"{module}.EXPERIMENTS", {"squares": ("squares", "squares of numbers")})
         monkeypatch.setattr(f"{module}.load", {"squares": EXPERIMENT}.__getitem__)
@@ -122,7 +120,7 @@ def test_report_writes_tables_pictures_and_page(tmp_path: Path, capsys: pytest.C
     assert main(["report", str(tmp_path)]) == 0
     written = (tmp_path / "results.md").read_text()
     assert "| number | square |\n| --- | --: |\n| 1 | 1 |\n| 2 | 4 |" in written
-    assert "**Here:** 2 squares" in written
+    assert "**Here:** A trial run, too short to judge the claim by. 2 squares" in written
     assert "![A line.](squares/squares.png)" in written
     assert "`netdeconv reproduce squares --size smoke`;" in written
     assert picture.exists()

@@ -170,12 +170,6 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _reproduce(args: argparse.Namespace) -> int:
-    if args.arguments[:1] == ["cifar"]:  # not on the experiments' framework yet
-        from netdeconv.lab.experiments import cifar_command
-
-        parser = _Parser(prog="netdeconv reproduce cifar", description=cifar_command.HELP, allow_abbrev=False)
-        cifar_command.add_arguments(parser)
-        return cifar_command.run(parser.parse_args(args.arguments[1:]))
     from netdeconv.lab import reproduce_command
 
     return reproduce_command.reproduce(args.arguments, _Parser)

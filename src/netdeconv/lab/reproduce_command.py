@@ -101,7 +101,13 @@ def _shown(args: argparse.Namespace, experiment: Experiment, settings: Any, chan
     command = _command(experiment.name, args.size, changes)
     try:
         outcome = carry_out(
-            experiment, settings, args.out, command=command, thread_count=args.threads, show=not args.quiet
+            experiment,
+            settings,
+            args.out,
+            command=command,
+            size=args.size,
+            thread_count=args.threads,
+            show=not args.quiet,
         )
     except KeyboardInterrupt:
         print(f"\nStopped. Finished parts are kept; the same command goes on from {args.out}.", file=sys.stderr)

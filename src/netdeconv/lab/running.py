@@ -13,8 +13,22 @@ from netdeconv.lab.allocator import keep_freed_memory
 __all__ = ["fit", "threads"]
 
 
-def fit(task: LightningModule, data: LightningDataModule, *, epochs: int, callbacks: Sequence[Callback]) -> None:
+def fit(
+    task: LightningModule,
+    data: LightningDataModule,
+    *,
+    epochs: int,
+    callbacks: Sequence[Callback],
+    steps: int | None = None,
+) -> None:
     """Train on the CPU, with nothing written and nothing printed but by the callbacks.
+
+    Args:
+        task: what to train.
+        data: what on.
+        epochs: how often.
+        callbacks: who is told.
+        steps: most training steps in an epoch; ``None`` for all there are.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C, where Lightning would exit with code 1.
@@ -24,6 +38,7 @@ def fit(task: LightningModule, data: LightningDataModule, *, epochs: int, callba
         accelerator="cpu",
         devices=1,
         max_epochs=epochs,
+        limit_train_batches=steps,
         callbacks=list(callbacks),
         logger=False,
         enable_checkpointing=False,

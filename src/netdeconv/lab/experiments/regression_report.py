@@ -62,8 +62,8 @@ def _verdict(result: Mapping[str, Any]) -> str:
         f"{_percent(_excess(result, steps5['losses'][last]))} after {last}, and needs {_count(steps5['iterations'])} "
         f"iterations to 1 %, where standardised input needs {_count(inputs['standardised']['iterations'])} and the "
         f"root of 15 steps {_count(inputs['steps15']['iterations'])}. It caps the gain at 1.5^5 = 7.6 over the square "
-        f"root of the covariance's norm, so that directions of small variance stay small and slow. On the logistic loss, after "
-        f"{at} iterations, the input that is {INPUTS[order[0]]} has the lowest loss, the one that is "
+        f"root of the covariance's norm, so that directions of small variance stay small and slow. On the logistic "
+        f"loss, after {at} iterations, the input that is {INPUTS[order[0]]} has the lowest loss, the one that is "
         f"{INPUTS[order[-1]]} the highest."
     )
 
@@ -86,10 +86,10 @@ def _squares_table(result: Mapping[str, Any]) -> Table:
         f"batch, one-hot targets, weights and bias from 0, float64. Optimum {result['optimum']:.5f}; the best constant "
         f"has {result['constant_model']:.5f}. The rate is 1 for whitened input, which is exact for G = I; for the "
         f"others it is the best after {last} iterations of 1, 1.5, 1.9 and 1.99 over the largest eigenvalue of G. "
-        f"Iterations to 1 % follow from the eigenvalues. The covariance's eigenvalues go from {spectrum['smallest']:.2g} to "
-        f"{spectrum['largest']:.3g}; eps = {eps:g} is above {result['below_eps']} of them, and "
-        f"{result['constant_pixels']} pixels are constant: eps keeps their gain finite, and a direction of variance v "
-        "takes 1 - eps / (v + eps) of its way in the first step."
+        f"Iterations to 1 % follow from the eigenvalues. The covariance's eigenvalues go from "
+        f"{spectrum['smallest']:.2g} to {spectrum['largest']:.3g}; eps = {eps:g} is above {result['below_eps']} of "
+        f"them, and {result['constant_pixels']} pixels are constant: eps keeps their gain finite, and a direction of "
+        "variance v takes 1 - eps / (v + eps) of its way in the first step."
     )
     columns = ["input", "rate", *(f"after {k}" for k in shown), "iterations to 1 %", "condition of G"]
     return Table(columns, rows, title="L2 loss above the closed-form optimum, by iterations", note=note)

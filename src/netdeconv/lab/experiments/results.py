@@ -42,6 +42,7 @@ def carry_out(
     out: Path,
     *,
     command: str,
+    size: str = "small",
     thread_count: int | None = None,
     show: bool = True,
 ) -> Outcome:
@@ -52,6 +53,7 @@ def carry_out(
         settings: of its class.
         out: folder of all experiments; this one's is ``out/NAME``.
         command: that does the same again.
+        size: one of :data:`SIZES`, for the record.
         thread_count: threads that torch computes with; ``None`` leaves them as they are.
         show: progress on standard error.
 
@@ -65,6 +67,7 @@ def carry_out(
         record: dict[str, Any] = {
             "experiment": experiment.name,
             "command": command,
+            "size": size,
             "started": _now(),
             "settings": dataclasses.asdict(settings),
             "versions": versions(),
@@ -102,7 +105,11 @@ def _read(folder: Path) -> Outcome | None:
     record = read_json(folder / _RESULT)
     if not isinstance(record, dict) or record.get("experiment") not in EXPERIMENTS:
         return None
-    return Outcome(record, load(record["experiment"]).present(record["result"]), folder)
+    presentation = load(record["experiment"]).present(record["result"])
+    if record.get("size") == "smoke":
+        warning = "A trial run, too short to judge the claim by. "
+        presentation = dataclasses.replace(presentation, verdict=warning + presentation.verdict)
+    return Outcome(record, presentation, folder)
 
 
 def draw(outcome: Outcome) -> list[Path]:

@@ -1,0 +1,210 @@
+"""What each setting of whitening does: one is changed at a time, all else stays at the library's default."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from netdeconv import WhiteningConfig
+from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation, Workspace
+from netdeconv.lab.experiments.trials import CODE, Trial, accuracies, accuracy_cell, run_trials
+from netdeconv.lab.options import check_fields, option
+from netdeconv.lab.report import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["EXPERIMENT", "AblationSettings"]
+
+# What is changed, and to which values; the default is among the runs anyway.
+_VARIATIONS: Mapping[str, tuple[Any, ...]] = {
+    "block_size": (8, 16, 32),
+    "sampling_stride": (1, 2, 6),
+    "num_iters": (1, 3, 8, 15),
+    "eps": (1e-7, 1e-3, 1e-1),
+    "update_every": (1, 4, 64),
+    "differentiable": (True,),
+    "sampling": ("spread",),
+}
+_NAMES = {
+    "block_size": "block size",
+    "sampling_stride": "sampling stride",
+    "num_iters": "iterations",
+    "eps": "eps",
+    "update_every": "refresh every .. steps",
+    "differentiable": "gradient through the statistics",
+    "sampling": "positions",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AblationSettings:
+    """What is trained."""
+
+    dataset: str = option("cifar10", "data set", choices=("cifar10", "digits"))
+    network: str = option("vgg11", "network of the zoo")
+    width: float = option(0.125, "factor on its channels")
+    vary: tuple[str, ...] = option(tuple(_VARIATIONS), "settings to change", choices=tuple(_VARIATIONS))
+    values: int = option(4, "most values of a setting to try, besides its default")
+    steps: int = option(120, "training steps; the learning rate falls to zero over them")
+    rate: float = option(0.1, "learning rate of network deconvolution")
+    bn_rates: tuple[float, ...] = option((0.05, 0.02), "learning rates of batch normalisation, the baseline")
+    default_seeds: int = option(3, "seeds of the default: their spread is the noise level")
+    seeds: int = option(1, "seeds of all else")
+    batch_size: int = option(128, "images in a training batch")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def run(settings: AblationSettings, workspace: Workspace) -> Mapping[str, Any]:
+    """Train what is not finished yet."""
+    base = Trial(
+        dataset=settings.dataset,
+        network=settings.network,
+        width=settings.width,
+        norm="nd",
+        rate=settings.rate,
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+    )
+    plan = [dataclasses.replace(base, seed=seed) for seed in range(settings.default_seeds)]
+    for seed in range(settings.seeds):
+        plan += [dataclasses.replace(base, norm="bn", rate=rate, seed=seed) for rate in settings.bn_rates]
+        plan.append(dataclasses.replace(base, norm="nd-paper", seed=seed))
+        for name in settings.vary:
+            for value in _VARIATIONS[name][: settings.values]:
+                plan.append(dataclasses.replace(base, whitening=((name, value),), seed=seed))
+    workspace.progress.expect(len(plan))
+    found: list[dict[str, Any]] = []
+    for trial in plan:
+        found += run_trials([trial], workspace)
+        workspace.publish({"runs": found})
+    return {"runs": found}
+
+
+def _label(run: Mapping[str, Any]) -> tuple[str, Any]:
+    """Group and value of a run."""
+    if run["norm"] == "bn":
+        return "BatchNorm, rate", run["rate"]
+    if run["norm"] == "nd-paper":
+        return "published procedure", ""
+    if not run["whitening"]:
+        return "default", ""
+    return next(iter(run["whitening"].items()))
+
+
+def present(result: Mapping[str, Any]) -> Presentation:
+    """What came out."""
+    groups: dict[tuple[str, Any], list[Mapping[str, Any]]] = {}
+    for run in result["runs"]:
+        groups.setdefault(_label(run), []).append(run)
+    default = groups["default", ""]
+    middle, noise = _mean_and_noise(default)
+    rows = []
+    for (name, value), runs in groups.items():
+        shown = f"{value:g}" if isinstance(value, float) else str(value)
+        was = f" (default {_default(name)})" if name in _VARIATIONS else ""
+        gap = "" if name == "default" else f"{statistics.fmean(accuracies(runs)) - middle:+.1f}"
+        seconds = statistics.median(run["seconds_per_step"] for run in runs)
+        label = f"{_NAMES.get(name, name)} {shown}{was}".strip()
+        rows.append([label, str(len(runs)), _loss(runs), accuracy_cell(runs), gap, f"{1000 * seconds:.0f}"])
+    first = result["runs"][0]
+    note = (
+        f"{first['network']} at width {first['width']:g} on {first['dataset']}, {first['steps']} steps of batch "
+        f"{first['batch_size']}, rate {first['rate']:g} on a cosine to 0, weight decay {first['weight_decay']:g}; "
+        "loss: training loss, mean over all steps; test accuracy with the remembered statistics. The default's seeds "
+        f"{'have a standard deviation of ' + format(noise, '.1f') + ' points' if noise is not None else 'are one'}: a "
+        "difference below twice that means little for a single seed. Time: median over the steps, so without most "
+        "refreshes, on a machine that did other work too."
+    )
+    columns = ["setting", "seeds", "loss", "test accuracy", "points from the default", "ms per step"]
+    table = Table(columns, rows, title="One setting changed at a time", note=note)
+    picture = Picture(
+        "ablation-accuracy",
+        "Test accuracy of every setting; the grey band is the default with twice its seeds' standard deviation.",
+        lambda figure: _draw(figure, groups, middle, noise),
+    )
+    return Presentation(_verdict(groups, middle, noise), [table], [picture])
+
+
+def _default(name: str) -> Any:
+    value = getattr(WhiteningConfig(), name)
+    return f"{value:g}" if isinstance(value, float) else value
+
+
+def _mean_and_noise(runs: list[Mapping[str, Any]]) -> tuple[float, float | None]:
+    values = accuracies(runs)
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def _loss(runs: list[Mapping[str, Any]]) -> str:
+    losses = [run["curves"]["train/loss"][-1] for run in runs]
+    return "diverged" if None in losses else f"{statistics.fmean(losses):.3f}"
+
+
+def _verdict(groups: Mapping[tuple[str, Any], list[Mapping[str, Any]]], middle: float, noise: float | None) -> str:
+    gaps = {key: statistics.fmean(accuracies(runs)) - middle for key, runs in groups.items()}
+    bn = [gap for (name, _), gap in gaps.items() if name.startswith("BatchNorm")]
+    parts = []
+    if bn:
+        parts.append(
+            f"The default is {-max(bn):.1f} points above the better of {len(bn)} rates of batch normalisation."
+            if max(bn) < 0
+            else f"Batch normalisation at the better of {len(bn)} rates is {max(bn):.1f} points above the default."
+        )
+    varied = {key: gap for key, gap in gaps.items() if key[0] in _VARIATIONS}
+    if varied and noise is not None:
+        far = [f"{_NAMES[name]} {value} ({gap:+.1f})" for (name, value), gap in varied.items() if abs(gap) > 2 * noise]
+        parts.append(
+            f"Of {len(varied)} changes {len(far)} move the accuracy by more than twice the seeds' deviation of "
+            f"{noise:.1f} points{': ' + ', '.join(far) if far else ''}."
+        )
+    return " ".join(parts) or "Only the default was run."
+
+
+def _draw(
+    figure: Figure, groups: Mapping[tuple[str, Any], list[Mapping[str, Any]]], middle: float, noise: float | None
+) -> None:
+    from netdeconv.lab.plots import STYLES, tidy
+
+    figure.set_size_inches(7.5, 1 + 0.24 * len(groups))
+    axes = figure.subplots()
+    labels = [f"{_NAMES.get(name, name)} {value}".strip() for name, value in groups]
+    places = range(len(groups), 0, -1)
+    means = [statistics.fmean(accuracies(runs)) for runs in groups.values()]
+    colours = [STYLES["bn" if name.startswith("BatchNorm") else "nd"]["color"] for name, _ in groups]
+    axes.axvspan(middle - 2 * (noise or 0), middle + 2 * (noise or 0), color="0.88")
+    axes.axvline(middle, color="0.5", linewidth=0.9)
+    axes.scatter(means, list(places), c=colours, zorder=3)
+    axes.set_yticks(list(places), labels, fontsize=8)
+    axes.set_xlabel("test accuracy, %")
+    tidy(axes)
+
+
+EXPERIMENT = Experiment(
+    name="ablation",
+    claim="The published settings are a good choice: blocks of 64 channels, sampling stride 3, 5 iterations, eps 1e-5.",
+    source="the published settings",
+    sizes={
+        "smoke": AblationSettings(
+            dataset="digits",
+            width=0.0625,
+            vary=("num_iters", "differentiable"),
+            values=1,
+            steps=5,
+            default_seeds=2,
+            bn_rates=(0.02,),
+            batch_size=32,
+        ),
+        "small": AblationSettings(),
+        "paper": AblationSettings(
+            width=1.0, steps=391, bn_rates=(0.1, 0.05, 0.02, 0.01), default_seeds=5, seeds=3, values=10
+        ),
+    },
+    run=run,
+    present=present,
+    code=("lab/experiments/ablation.py", *CODE),
+)

@@ -1,0 +1,154 @@
+"""The batch size: batch normalisation and network deconvolution on the same number of images in batches of several
+sizes, each at its best rate."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from netdeconv import ConfigError
+from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation, Workspace
+from netdeconv.lab.experiments.trials import (
+    CODE,
+    NAMES,
+    Trial,
+    accuracies,
+    accuracy_cell,
+    best_rate,
+    by_rate,
+    run_trials,
+)
+from netdeconv.lab.options import check_fields, option
+from netdeconv.lab.report import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["EXPERIMENT", "BatchSizeSettings"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchSizeSettings:
+    """What is trained.
+
+    Raises:
+        ConfigError: a value out of range, or fewer images than are in one batch.
+    """
+
+    dataset: str = option("cifar10", "data set", choices=("cifar10", "digits"))
+    network: str = option("vgg11", "network of the zoo")
+    width: float = option(0.125, "factor on its channels")
+    batch_sizes: tuple[int, ...] = option((8, 32, 128, 512), "images in a training batch")
+    images: int = option(12800, "training images in all, at most one pass; the steps follow")
+    norms: tuple[str, ...] = option(("bn", "nd"), "normalisations to compare", choices=tuple(NAMES))
+    rates: tuple[float, ...] = option((0.1, 0.03, 0.01), "learning rates for every norm")
+    seeds: int = option(1, "seeds at every rate")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.images < max(self.batch_sizes):
+            raise ConfigError(f"expected images of at least a batch, {max(self.batch_sizes)}, got {self.images}")
+
+
+def run(settings: BatchSizeSettings, workspace: Workspace) -> Mapping[str, Any]:
+    """Train what is not finished yet."""
+    plan = [
+        Trial(
+            dataset=settings.dataset,
+            network=settings.network,
+            width=settings.width,
+            norm=norm,
+            rate=rate,
+            seed=seed,
+            batch_size=size,
+            steps=settings.images // size,
+        )
+        for seed in range(settings.seeds)
+        for size in sorted(settings.batch_sizes, reverse=True)
+        for rate in settings.rates
+        for norm in settings.norms
+    ]
+    workspace.progress.expect(len(plan))
+    found: list[dict[str, Any]] = []
+    for trial in plan:
+        found += run_trials([trial], workspace)
+        workspace.publish({"runs": found})
+    return {"runs": found}
+
+
+Cases = Mapping[tuple[int, str], list[Mapping[str, Any]]]
+
+
+def present(result: Mapping[str, Any]) -> Presentation:
+    """What came out."""
+    cases: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
+    for run in sorted(result["runs"], key=lambda run: run["batch_size"]):
+        cases.setdefault((run["batch_size"], run["norm"]), []).append(run)
+    rows = []
+    for (size, norm), runs in cases.items():
+        tried = ", ".join(f"{accuracy_cell(same)} ({rate:g})" for rate, same in sorted(by_rate(runs).items()))
+        best = by_rate(runs)[best_rate(runs)]
+        label, steps = f"{size}, {NAMES[norm]}", str(best[0]["steps"])
+        rows.append([label, steps, f"{best_rate(runs):g}", accuracy_cell(best), tried])
+    first = result["runs"][0]
+    note = (
+        f"{first['network']} at width {first['width']:g} on {first['dataset']}: the same number of images for every "
+        f"batch size, one pass, rates on a cosine to 0, weight decay {first['weight_decay']:g}, "
+        f"{len({run['seed'] for run in result['runs']})} seed(s); test accuracy with the remembered statistics. Best "
+        "rate: best on the test images, for all alike."
+    )
+    columns = ["batch size, norm", "steps", "best rate", "test accuracy", "all rates"]
+    table = Table(columns, rows, title="Test accuracy by batch size", note=note)
+    caption = "Test accuracy by batch size, each norm at its best rate."
+    picture = Picture("batch-size", caption, lambda figure: _draw(figure, cases))
+    return Presentation(_verdict(cases), [table], [picture])
+
+
+def _best(cases: Cases, size: int, norm: str) -> float:
+    runs = cases[size, norm]
+    return statistics.fmean(accuracies(by_rate(runs)[best_rate(runs)]))
+
+
+def _verdict(cases: Cases) -> str:
+    sizes = [size for size, norm in cases if norm == "nd" and (size, "bn") in cases]
+    if not sizes:
+        return "Nothing to compare yet."
+    gaps = {size: _best(cases, size, "nd") - _best(cases, size, "bn") for size in sizes}
+    told = ", ".join(f"{gap:+.1f} at {size}" for size, gap in gaps.items())
+    ahead = sum(gap > 0 for gap in gaps.values())
+    return (
+        f"Network deconvolution is ahead of batch normalisation, both at their best rates, at {ahead} of {len(sizes)} "
+        f"batch sizes (points: {told})."
+    )
+
+
+def _draw(figure: Figure, cases: Cases) -> None:
+    from netdeconv.lab.plots import LINES, tidy
+
+    axes = figure.subplots()
+    for style, norm in zip(LINES, dict.fromkeys(norm for _, norm in cases), strict=False):
+        sizes = [size for size, one in cases if one == norm]
+        axes.plot(sizes, [_best(cases, size, norm) for size in sizes], label=NAMES[norm], **style)
+    axes.set(xlabel="batch size", ylabel="test accuracy, %")
+    axes.set_xscale("log", base=2)
+    axes.legend(fontsize=8, frameon=False)
+    tidy(axes)
+
+
+EXPERIMENT = Experiment(
+    name="batch-size",
+    claim="Network deconvolution bears small and large batches as well as batch normalisation does.",
+    source="not in the paper's tables",
+    sizes={
+        "smoke": BatchSizeSettings(dataset="digits", width=0.0625, batch_sizes=(16, 64), images=192, rates=(0.03,)),
+        "small": BatchSizeSettings(),
+        "paper": BatchSizeSettings(
+            width=1.0, batch_sizes=(2, 8, 32, 128, 512), images=50000, rates=(0.3, 0.1, 0.03, 0.01, 0.003), seeds=3
+        ),
+    },
+    run=run,
+    present=present,
+    code=("lab/experiments/batch_size.py", *CODE),
+)
