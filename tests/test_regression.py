@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from netdeconv.lab.experiments.registry import EXPERIMENTS, load
-from netdeconv.lab.experiments.regression import Quadratic, descend, iterations_to, quadratic
+from netdeconv.lab.experiments.registry import load
+from netdeconv.lab.experiments.regression import Quadratic, descend, iterations_to, optimum, quadratic, transformed
 from netdeconv.lab.experiments.results import carry_out
 
 _ROUNDING = 1e-12  # of sums of a few hundred products in float64
@@ -42,6 +42,20 @@ def test_counted_iterations_are_those_of_the_descent() -> None:
     assert iterations_to(problem, rate, target) == next(k for k, loss in enumerate(losses) if loss <= target)
 
 
+def test_transformed_input_and_optimum_are_those_of_the_data_itself() -> None:
+    draw = torch.Generator().manual_seed(2)
+    x, y = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((90, 5), (90, 2)))
+    x = torch.cat([x + 3, torch.full_like(x[:, :1], 0.7)], dim=1)  # a constant pixel: singular next to the bias
+    mean, matrix = x.mean(0), torch.randn(6, 6, generator=draw, dtype=torch.float64)
+    direct, moved = quadratic((x - mean) @ matrix, y), transformed(quadratic(x, y), mean, matrix)
+    # the sums that cancel are of squares of numbers up to 6
+    torch.testing.assert_close(moved.gram, direct.gram, rtol=0, atol=1e-11)
+    torch.testing.assert_close(moved.cross, direct.cross, rtol=0, atol=1e-11)
+    design = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+    solution = torch.linalg.lstsq(design, y, driver="gelsd").solution
+    assert optimum(quadratic(x, y)) == pytest.approx(float((design @ solution - y).square().sum() / 180), rel=1e-9)
+
+
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     experiment = load("regression")
@@ -71,6 +85,3 @@ def test_pictures_are_drawn(digits: dict) -> None:
     assert {path.name for path in folder.glob("*.png")} == {"regression-loss.png", "regression-eigenvalues.png"}
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_is_where_the_registry_says(name: str) -> None:
-    assert load(name).name == name

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from netdeconv import WhitenedConv2d, WhiteningConfig
+from netdeconv import WhitenedConv2d
 from netdeconv.lab.benchmark.contestants import device_of, move_to_step, steady_step
 from netdeconv.lab.benchmark.record import Follower
 from netdeconv.lab.benchmark.settings import ScalingSettings
 from netdeconv.lab.benchmark.timing import Contestant, race
 from netdeconv.lab.report import Table
 
-__all__ = ["AXES", "Point", "layer_steps", "points", "run", "tables"]
+__all__ = ["AXES", "LayerStep", "Point", "layer_steps", "points", "run", "tables"]
 
 AXES = {"channels": "channels", "batch": "batch size", "size": "map size"}
 Point = tuple[int, int, int]  # channels, batch, size
@@ -33,13 +33,13 @@ def points(settings: ScalingSettings) -> list[tuple[str, Point]]:
     ]
 
 
-class _LayerStep:
+class LayerStep:
     """Forward, backward (also to the input) and SGD of one layer."""
 
     def __init__(self, layer: nn.Module, x: Tensor) -> None:
         self.layer, self.x = layer.to(x.device), x.clone().requires_grad_()
         self.optimizer = torch.optim.SGD(self.layer.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
-        self.period = WhiteningConfig().update_every if isinstance(layer, WhitenedConv2d) else 1
+        self.period = layer.whitening.config.update_every if isinstance(layer, WhitenedConv2d) else 1
 
     def __call__(self) -> None:
         y = self.layer(self.x)
@@ -49,11 +49,12 @@ class _LayerStep:
         self.x.grad = None
 
     def prepare(self, refresh: bool) -> None:
+        """Let the next step be one with a refresh, or one without."""
         if self.period > 1:
             move_to_step(self.layer, steady_step(self.period) + int(not refresh))
 
 
-def layer_steps(point: Point, device: torch.device, seed: int = 0) -> dict[str, _LayerStep]:
+def layer_steps(point: Point, device: torch.device, seed: int = 0) -> dict[str, LayerStep]:
     """The contestants: a plain convolution, one with batch norm, a whitened one."""
     channels, batch, size = point
     with torch.random.fork_rng():
@@ -66,7 +67,7 @@ def layer_steps(point: Point, device: torch.device, seed: int = 0) -> dict[str, 
             ),
             "default": WhitenedConv2d(channels, channels, 3, padding=1),
         }
-    return {name: _LayerStep(layer, x) for name, layer in layers.items()}
+    return {name: LayerStep(layer, x) for name, layer in layers.items()}
 
 
 def run(settings: ScalingSettings, follow: Follower, result: dict[str, Any]) -> None:

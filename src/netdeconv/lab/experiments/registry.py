@@ -17,6 +17,7 @@ EXPERIMENTS: dict[str, tuple[str, str]] = {
     "cifar": ("cifar", "table 1: networks on CIFAR, batch normalisation at two rates, and network deconvolution"),
     "batch-size": ("batch_size", "batch normalisation and network deconvolution in small and large batches"),
     "ablation": ("ablation", "block size, sampling, iterations, eps, refresh period, gradient: one changed at a time"),
+    "cost": ("cost", "operations and time of whitening, layer by layer, published procedure and default"),
 }
 
 

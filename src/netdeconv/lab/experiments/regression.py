@@ -9,6 +9,7 @@ like the others.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,13 +24,14 @@ from netdeconv.lab.experiments.experiment import SIZES, Experiment, Workspace
 from netdeconv.lab.experiments.regression_report import INPUTS, present
 from netdeconv.lab.options import check_fields, option
 
-__all__ = ["EXPERIMENT", "RegressionSettings", "descend", "iterations_to", "quadratic"]
+__all__ = ["EXPERIMENT", "RegressionSettings", "descend", "iterations_to", "optimum", "quadratic", "transformed"]
 
 # Rates that are tried, times 1 / largest eigenvalue of G; gradient descent diverges from 2 on.
 _LEAST_SQUARES_RATES = (1.0, 1.5, 1.9, 1.99)
 # The same for the logistic loss of ten classes, whose curvature at the start is a tenth of G's.
 _LOGISTIC_RATES = (2.0, 5.0, 10.0, 15.0)
 _NEAR = 0.01  # of the closed-form optimum
+_SINGULAR = 1e-12  # share of the largest eigenvalue below which a direction has no variance but rounding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class RegressionSettings:
     dataset: str = option("fashion_mnist", "data set", choices=("digits", "mnist", "fashion_mnist"))
     eps: float = option(1e-5, "added to the covariance's diagonal; pixels are 0 to 1")
     iterations: int = option(1000, "iterations of gradient descent on the L2 loss")
-    logistic_iterations: int = option(100, "the same on the logistic loss")
+    logistic_iterations: int = option(50, "the same on the logistic loss")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -59,7 +61,7 @@ class Quadratic:
 
 def quadratic(x: Tensor, y: Tensor) -> Quadratic:
     """The L2 loss of inputs ``(N, D)`` and targets ``(N, K)``, with a bias as last row of W."""
-    x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+    x = _with_ones(x)
     return Quadratic(x.T @ x / len(x), x.T @ y / len(x), float(y.square().sum() / (2 * len(x))))
 
 
@@ -73,12 +75,23 @@ def descend(problem: Quadratic, rate: float, iterations: int) -> list[float]:
     return losses
 
 
-def iterations_to(problem: Quadratic, rate: float, target: float) -> int | None:
-    """Iterations until the loss is at most ``target``, from the eigenvalues of G; ``None`` for over a billion."""
+def optimum(problem: Quadratic) -> float:
+    """The lowest loss, in closed form: along each eigenvector of G the parabola's lowest point."""
+    return problem.constant - float(_gains(problem)[1].sum())
+
+
+def _gains(problem: Quadratic) -> tuple[Tensor, Tensor]:
+    """Eigenvalues of G, and how much the loss falls along each eigenvector; nothing along those without variance."""
     values, vectors = torch.linalg.eigh(problem.gram)
     values = values.clamp(min=0)
     along = (vectors.T @ problem.cross).square().sum(1)
-    gain = torch.where(values > 1e-12 * values[-1], along / (2 * values.clamp(min=1e-300)), torch.zeros_like(along))
+    seen = values > _SINGULAR * values[-1]
+    return values, torch.where(seen, along / (2 * values.clamp(min=1e-300)), torch.zeros_like(along))
+
+
+def iterations_to(problem: Quadratic, rate: float, target: float) -> int | None:
+    """Iterations until the loss is at most ``target``, from the eigenvalues of G; ``None`` for over a billion."""
+    values, gain = _gains(problem)
 
     def loss(k: int) -> float:
         left = (1 - rate * values).abs().pow(2 * k)
@@ -103,16 +116,26 @@ def _load(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return train, labels, test, test_labels
 
 
-def _transforms(x: Tensor, eps: float) -> dict[str, tuple[Tensor, Tensor]]:
-    """For every kind of input the mean that is subtracted and the matrix that follows, from the training images."""
-    mean, identity = x.mean(0), torch.eye(x.shape[1], dtype=x.dtype)
-    centred = x - mean
-    cov = centred.T @ centred / len(x)
-    deviation = cov.diagonal().add(eps).sqrt()
+def transformed(problem: Quadratic, mean: Tensor, matrix: Tensor) -> Quadratic:
+    """The loss for the input ``(x - mean) matrix``, from that for x: with ones, ``(x, 1) -> (x, 1) T``."""
+    t = torch.eye(len(problem.gram), dtype=problem.gram.dtype)
+    t[:-1, :-1], t[-1, :-1] = matrix, -mean @ matrix
+    return Quadratic(t.T @ problem.gram @ t, t.T @ problem.cross, problem.constant)
+
+
+def _moments(problem: Quadratic) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of the input, which G holds: its last row is the mean, as of a column of ones."""
+    mean = problem.gram[-1, :-1]
+    return mean, problem.gram[:-1, :-1] - mean.outer(mean)
+
+
+def _transforms(mean: Tensor, cov: Tensor, eps: float) -> dict[str, tuple[Tensor, Tensor]]:
+    """For every kind of input the mean that is subtracted and the matrix that follows."""
+    identity = torch.eye(len(cov), dtype=cov.dtype)
     cov = cov + eps * identity
     return {
         "raw": (torch.zeros_like(mean), identity),
-        "standardised": (mean, torch.diag(1 / deviation)),
+        "standardised": (mean, torch.diag(1 / cov.diagonal().sqrt())),
         "exact": (mean, inverse_sqrt(cov, solver="eigh")),
         "steps15": (mean, inverse_sqrt(cov, num_iters=15, solver="newton_schulz")),
         "steps5": (mean, inverse_sqrt(cov, num_iters=5, solver="newton_schulz")),
@@ -122,23 +145,22 @@ def _transforms(x: Tensor, eps: float) -> dict[str, tuple[Tensor, Tensor]]:
 def _least_squares(settings: RegressionSettings) -> dict[str, Any]:
     x, labels, *_ = _load(settings.dataset)
     targets = F.one_hot(labels).double()
-    centred = x - x.mean(0)
-    spectrum = torch.linalg.eigvalsh(centred.T @ centred / len(x)).clamp(min=0)
-    solution = torch.linalg.lstsq(_with_ones(x), targets, driver="gelsd").solution
-    optimum = float((_with_ones(x) @ solution - targets).square().sum() / (2 * len(x)))
-    constant = targets - targets.mean(0)
+    raw = quadratic(x, targets)
+    mean, cov = _moments(raw)
+    spectrum = torch.linalg.eigvalsh(cov).clamp(min=0)
+    lowest = optimum(raw)
     found: dict[str, Any] = {
         "images": len(x),
         "pixels": x.shape[1],
-        "optimum": optimum,
-        "constant_model": float(constant.square().sum() / (2 * len(x))),
+        "optimum": lowest,
+        "constant_model": float((targets - targets.mean(0)).square().sum() / (2 * len(x))),
         "spectrum": {"largest": float(spectrum[-1]), "smallest": float(spectrum[0])},
         "below_eps": int((spectrum < settings.eps).sum()),
-        "constant_pixels": int((x.var(0) == 0).sum()),
+        "constant_pixels": int((x.amax(0) == x.amin(0)).sum()),
         "inputs": {},
     }
-    for name, (mean, matrix) in _transforms(x, settings.eps).items():
-        problem = quadratic((x - mean) @ matrix, targets)
+    for name, (centre, matrix) in _transforms(mean, cov, settings.eps).items():
+        problem = transformed(raw, centre, matrix)
         values = torch.linalg.eigvalsh(problem.gram)
         # Whitened input has a rate of its own, 1; the others get the best of a few.
         scaled = [factor / float(values[-1]) for factor in _LEAST_SQUARES_RATES]
@@ -148,7 +170,7 @@ def _least_squares(settings: RegressionSettings) -> dict[str, Any]:
         found["inputs"][name] = {
             "rate": rate,
             "losses": losses,
-            "iterations": iterations_to(problem, rate, (1 + _NEAR) * optimum),
+            "iterations": iterations_to(problem, rate, (1 + _NEAR) * lowest),
             "eigenvalues": values.flip(0).tolist(),
         }
     found["layer"] = _step_of_the_layer(x, targets, settings.eps)
@@ -170,23 +192,25 @@ def _step_of_the_layer(x: Tensor, targets: Tensor, eps: float) -> float:
 
 
 def _logistic(settings: RegressionSettings, kind: str) -> dict[str, Any]:
-    """Cross entropy, full batch, from W = 0, in float32; of a few rates the one with the lowest loss at the end."""
+    """Cross entropy, full batch, from W = 0, in float32; of a few rates the one with the lowest loss at the end.
+
+    All rates are run together, as products with one wide matrix.
+    """
     x, labels, test, test_labels = _load(settings.dataset)
-    mean, matrix = _transforms(x, settings.eps)[kind]
+    mean, matrix = _transforms(*_moments(quadratic(x, x[:, :1])), settings.eps)[kind]
     x, test = (_with_ones((part - mean) @ matrix).float() for part in (x, test))
     targets = F.one_hot(labels).float()
-    largest = float(torch.linalg.eigvalsh(x.T @ x / len(x))[-1])
-    runs = []
-    for rate in (factor / largest for factor in _LOGISTIC_RATES):
-        w, losses = torch.zeros(x.shape[1], targets.shape[1]), []
-        for _ in range(settings.logistic_iterations + 1):
-            scores = x @ w
-            losses.append(float(F.cross_entropy(scores, labels)))
-            last = w
-            w = w - rate * (x.T @ (scores.softmax(1) - targets)) / len(x)
-        accuracy = float(((test @ last).argmax(1) == test_labels).double().mean())
-        runs.append({"rate": rate, "losses": losses, "accuracy": accuracy})
-    return min(runs, key=lambda run: run["losses"][-1] if run["losses"][-1] == run["losses"][-1] else float("inf"))
+    rates = torch.tensor(_LOGISTIC_RATES) / float(torch.linalg.eigvalsh(x.T @ x / len(x))[-1])
+    w = last = torch.zeros(x.shape[1], len(rates), targets.shape[1])
+    history = []
+    for _ in range(settings.logistic_iterations + 1):
+        scores = (x @ w.flatten(1)).view(len(x), *w.shape[1:])
+        history.append([float(F.cross_entropy(one, labels)) for one in scores.unbind(1)])
+        errors = scores.softmax(2).sub_(targets.unsqueeze(1))
+        last, w = w, w - rates.unsqueeze(1) * (x.T @ errors.flatten(1)).view_as(w) / len(x)
+    best = min(range(len(rates)), key=lambda i: history[-1][i] if math.isfinite(history[-1][i]) else math.inf)
+    accuracy = float(((test @ last[:, best]).argmax(1) == test_labels).double().mean())
+    return {"rate": float(rates[best]), "losses": [losses[best] for losses in history], "accuracy": accuracy}
 
 
 def _with_ones(x: Tensor) -> Tensor:
