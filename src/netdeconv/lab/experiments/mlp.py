@@ -37,8 +37,8 @@ class MlpSettings:
     datasets: tuple[str, ...] = option(("fashion_mnist", "mnist"), "data sets", choices=tuple(_DATASETS))
     norms: tuple[str, ...] = option(("none", "bn", "nd"), "normalisations to compare", choices=tuple(NAMES))
     rates: tuple[float, ...] = option((0.02, 0.1, 0.5), "learning rates for every norm")
-    seeds: int = option(2, "seeds at the best rate; the other rates get one")
-    epochs: int = option(5, "passes over the training images")
+    seeds: int = option(1, "seeds at the best rate; the other rates get one")
+    epochs: int = option(2, "passes over the training images")
     batch_size: int = option(128, "images in a training batch")
     weight_decay: float = option(0.0, "of SGD")
 
