@@ -133,6 +133,17 @@ def test_shape_arguments_and_settings_arrive() -> None:
         assert layer.extra_repr() in converted.extra_repr()
 
 
+def test_one_number_in_a_tuple_holds_for_all_dimensions() -> None:
+    conv, x = nn.Conv2d(4, 6, 3, stride=(2,), padding=(1,), dilation=(2,)), torch.randn(9, 4, 9, 9)
+    converted = netdeconv.convert(conv)
+    converted(x)
+    fused = netdeconv.fuse(converted.eval())
+    assert converted(x).shape == conv(x).shape
+    assert (fused.stride, fused.padding, fused.dilation) == ((2, 2), (1, 1), (2, 2))
+    netdeconv.check_fused(converted, fused, x)
+    torch.testing.assert_close(with_identity_statistics(netdeconv.convert(conv))(x), conv(x))
+
+
 def test_settings_by_place() -> None:
     model = create("vgg11", width=0.125)
 
@@ -301,6 +312,9 @@ def test_a_model_that_cannot_be_copied() -> None:
     model.generator = (number for number in range(3))
     with pytest.raises(ConfigError, match=r"copy\.deepcopy can copy.*generator"):
         netdeconv.convert(model)
+    lazy = nn.Sequential(nn.Linear(3, 3), nn.LazyBatchNorm1d())
+    with pytest.raises(ConfigError, match=r"lazy modules, run a batch through the model first"):
+        netdeconv.convert(lazy)
 
 
 def test_graph_modules_of_fx() -> None:

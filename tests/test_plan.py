@@ -182,6 +182,10 @@ def test_attention_of_torch_is_left() -> None:
         (lambda: NormWithMore(3), "does more"),
         (lambda: nn.Conv2d(3, 4, 3, dtype=torch.complex64), "not real"),
         (lambda: nn.Linear(0, 4), "no features"),
+        (lambda: torch.ao.nn.quantized.Conv2d(3, 4, 1), "quantised"),
+        (lambda: torch.ao.nn.quantized.dynamic.Linear(3, 4), "quantised"),
+        (lambda: torch.ao.nn.qat.Linear(3, 4, qconfig=torch.ao.quantization.default_qat_qconfig), "quantised"),
+        (lambda: torch.ao.nn.quantized.BatchNorm2d(3), "quantised"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")  # torch deprecates the old style of normalised weights, and empty layers

@@ -43,9 +43,11 @@ _PROBE_TOLERANCE = 1e-4  # float32, numbers of order one
 
 def is_layer(module: nn.Module) -> bool:
     """Whether this is some kind of convolution or linear layer."""
+    if isinstance(module, (*_PLAIN, _ConvTransposeNd)):
+        return True
     name = type(module).__name__.lower()
-    plain_name = not any(True for _ in module.children()) and ("conv" in name or name.endswith("linear"))
-    return isinstance(module, (*_PLAIN, _ConvTransposeNd)) or (is_quantised(module) and plain_name)
+    named = is_quantised(module) and ("conv" in name or name.endswith("linear"))
+    return named and not any(is_layer(child) for child in module.children())
 
 
 def is_sequence(module: nn.Module) -> bool:
@@ -61,7 +63,9 @@ def why_not_whiten(module: Any) -> str | None:
     if is_quantised(module):
         return "quantised: convert the floating point network and quantise that"
     if isinstance(module, _ConvTransposeNd):
-        return "transposed convolutions are not supported"
+        # Its output at a position is made of the taps that reach it, others at the border and at every offset of the
+        # stride, and so would be what the mean folds to: no plain transposed convolution with a bias equals it.
+        return "transposed convolution: the mean of its input does not fold into a bias"
     if hasattr(module, "parametrizations"):
         return "its weight is parametrised (torch.nn.utils.parametrize), which whitening weights would not respect"
     if isinstance(module, LazyModuleMixin) or is_lazy(module.weight):

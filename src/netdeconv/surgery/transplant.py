@@ -61,8 +61,9 @@ def copied(model: Model, who: str) -> Model:
     ]
     try:
         return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{who}: expected a model that copy.deepcopy can copy, got {type(model).__name__}, which it cannot "
-            f"({error}). Look for an attribute that is open (a file, a generator, a lock) or that was computed."
+            f"({error}). Look for an attribute that is open (a file, a generator, a lock) or that was "
+            "computed; if there are lazy modules, run a batch through the model first."
         ) from error
