@@ -18,7 +18,7 @@ from netdeconv.surgery.export import OPSET, export_onnx
 from netdeconv.zoo import create
 
 RUNTIME_TOLERANCE = 1e-4  # float32, in a runtime that sums in another order
-INT8_TOLERANCE = 0.1  # eight bits: 1/256 per layer, a dozen layers
+INT8_LOSS = 0.05  # of the accuracy; 0.018 and 0.032 were seen, 0.007 with batch norms in place of whitening
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -117,26 +117,39 @@ def test_a_wrong_file_is_noticed(tmp_path: Path) -> None:
 
 def test_eight_bits(tmp_path: Path) -> None:
     quantization = pytest.importorskip("onnxruntime.quantization")
-    model = small()
-    data = [torch.randn(4, 3, 12, 12) for _ in range(4)]
-    path = export_onnx(model, data[0], tmp_path / "float.onnx")
+    datasets = pytest.importorskip("sklearn.datasets")
+    digits = datasets.load_digits()
+    images, labels = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1, torch.tensor(digits.target)
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2, padding=1)]
+    head = [nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10)]
+    model = netdeconv.convert(nn.Sequential(*layers, *head))
+    optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for _ in range(3):
+        for index in torch.randperm(1200).split(64):
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(model(images[index]), labels[index]).backward()
+            optimiser.step()
+    path, small_path = tmp_path / "float.onnx", tmp_path / "int8.onnx"
+    export_onnx(model.eval(), images[:4], path)
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined, misc]
         def __init__(self) -> None:
-            self.rest = iter(data)
+            self.rest = iter(images[:512].split(64))
 
         def get_next(self) -> Any:
             x = next(self.rest, None)
             return None if x is None else {"input": x.numpy()}
 
-    small_path = tmp_path / "int8.onnx"
     quantization.quantize_static(str(path), str(small_path), Reader(), per_channel=True)
     nodes = collections.Counter(node.op_type for node in onnx.load(small_path).graph.node)
     assert nodes["QuantizeLinear"] > 0
-    x = torch.randn(6, 3, 12, 12)
-    with torch.no_grad():
-        error = max_relative_error(run(small_path, x), model(x))
-    assert 0 < error < INT8_TOLERANCE
+
+    def accuracy(file: Path) -> float:
+        return float((run(file, images[1200:]).argmax(1) == labels[1200:]).float().mean())
+
+    assert accuracy(path) > 0.85
+    assert accuracy(path) - accuracy(small_path) < INT8_LOSS
 
 
 def test_an_opset_that_the_exporter_replaces_is_refused(tmp_path: Path) -> None:
