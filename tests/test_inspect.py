@@ -10,6 +10,7 @@ from netdeconv.errors import ShapeError
 from netdeconv.inspect import (
     centre_filters,
     mean_abs_offdiagonal,
+    pair_correlations,
     patch_correlation,
     patch_covariance,
     whitening_filters,
@@ -187,3 +188,13 @@ def test_centre_filters_are_those_of_the_centre_tap() -> None:
 def test_mistakes_say_what_was_expected(call, message: str) -> None:
     with pytest.raises(ShapeError, match=message):
         call()
+
+
+def test_pairs_of_pixels_and_of_channels_by_hand() -> None:
+    # Features (channel 0, tap 0), (0, 1), (1, 0), (1, 1): pixels correlate by .5 and .3, channels by .2 and .1.
+    corr = torch.tensor([[1, 0.5, -0.2, 0.9], [0.5, 1, 0.9, 0.1], [-0.2, 0.9, 1, -0.3], [0.9, 0.1, -0.3, 1]])
+    assert pair_correlations(corr, 2) == pytest.approx((0.4, 0.15))
+    assert pair_correlations(corr, 1) == pytest.approx((0.0, mean_abs_offdiagonal(corr)))
+    assert pair_correlations(corr, 4) == pytest.approx((mean_abs_offdiagonal(corr), 0.0))
+    with pytest.raises(ShapeError, match="a multiple of 3 taps"):
+        pair_correlations(corr, 3)

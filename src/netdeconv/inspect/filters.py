@@ -12,7 +12,7 @@ from netdeconv.errors import ShapeError
 from netdeconv.functional import inverse_sqrt
 from netdeconv.inspect.whiteness import Pair, patch_covariance
 
-__all__ = ["centre_filters", "whitening_filters"]
+__all__ = ["centre_filters", "root_filters", "whitening_filters"]
 
 
 def whitening_filters(
@@ -47,6 +47,21 @@ def whitening_filters(
     Source: Ye et al., Network Deconvolution, ICLR 2020, section 3.
     """
     cov = patch_covariance(images, kernel_size, stride=stride)
+    return root_filters(cov, kernel_size, solver=solver, num_iters=num_iters, eps=eps)
+
+
+def root_filters(
+    cov: Tensor,
+    kernel_size: Pair,
+    *,
+    solver: str = WhiteningConfig.solver,
+    num_iters: int = WhiteningConfig.num_iters,
+    eps: float = WhiteningConfig.eps,
+) -> Tensor:
+    """:func:`whitening_filters` of a covariance, for several roots of the same one.
+
+    Shapes: ``(C*K, C*K)`` from :func:`patch_covariance` -> ``(C*K, C, kh, kw)``.
+    """
     cov = cov + eps * torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
     root = inverse_sqrt(cov, num_iters=num_iters, solver=solver)
     height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from netdeconv.errors import ShapeError
 
-__all__ = ["mean_abs_offdiagonal", "patch_correlation", "patch_covariance"]
+__all__ = ["correlation", "mean_abs_offdiagonal", "pair_correlations", "patch_correlation", "patch_covariance"]
 
 # Values unfolded at one time: 2**24 float64 numbers are 128 MiB.
 _CHUNK = 2**24
@@ -86,6 +86,14 @@ def patch_correlation(
     if root is not None:
         whole = _spread_root(root, len(cov)).to(cov)
         cov = whole.mT @ cov @ whole
+    return correlation(cov)
+
+
+def correlation(cov: Tensor) -> Tensor:
+    """Correlation matrix of a covariance: ``cov / (sd sd^T)``.
+
+    Shapes: ``(n, n)`` -> the same. A feature that never varies correlates with nothing: its row is 0, its diagonal 1.
+    """
     var = cov.diagonal().clamp_min(0)
     varies = var > _CONSTANT * var.max()
     scale = torch.where(varies, var, torch.ones_like(var)).rsqrt() * varies
@@ -104,6 +112,33 @@ def mean_abs_offdiagonal(corr: Tensor) -> float:
     n = corr.shape[0]
     off = corr.abs().sum() - corr.diagonal().abs().sum()
     return float(off / (n * (n - 1))) if n > 1 else 0.0
+
+
+def pair_correlations(corr: Tensor, taps: int) -> tuple[float, float]:
+    """Mean absolute correlation of neighbouring pixels, and of channels.
+
+    Shapes: ``(channels * taps, channels * taps)``, feature ``i = channel * taps + tap``.
+
+    Returns:
+        Of all pairs of two taps of the same channel, and of two channels at the same tap; 0 where there are no pairs.
+
+    Raises:
+        ShapeError: not square, or not of whole channels.
+    """
+    if corr.dim() != 2 or corr.shape[0] != corr.shape[1] or taps < 1 or len(corr) % taps:
+        raise ShapeError(
+            f"pair_correlations: expected (n, n), n a multiple of {taps} taps, got {tuple(corr.shape)}. Pass the "
+            "correlation matrix of whole patches."
+        )
+    channels = len(corr) // taps
+    sizes = corr.abs().reshape(channels, taps, channels, taps)
+    within = sizes.diagonal(dim1=0, dim2=2)  # (taps, taps, channels)
+    across = sizes.diagonal(dim1=1, dim2=3)  # (channels, channels, taps)
+    means = []
+    for pairs, size in ((within, taps), (across, channels)):
+        off = pairs.sum() - pairs.diagonal(dim1=0, dim2=1).sum()
+        means.append(float(off / (pairs.numel() - pairs.numel() / size)) if size > 1 else 0.0)
+    return means[0], means[1]
 
 
 def _batches(x: Tensor | Sequence[Tensor]) -> Iterator[Tensor]:
