@@ -5,45 +5,13 @@ from __future__ import annotations
 import base64
 import dataclasses
 import html
+import struct
 import unicodedata
 from collections.abc import Sequence
 
+from netdeconv.lab.page_style import SCRIPT, STYLE
+
 __all__ = ["Page", "Table"]
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --paper: #fff; --line: #d5dae0; --shade: #f5f7f9; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8ec; --soft: #9aa5b1; --paper: #14181d; --line: #343c45; --shade: #1c2229; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 1.5rem 1.1rem 3rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0.4rem 0 0.6rem; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 0.5rem; }
-p { margin: 0.5rem 0; max-width: 46rem; }
-.soft, figcaption { color: var(--soft); }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0.6rem 0; }
-th, td { padding: 0.3rem 0.8rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
-th:first-child, td:first-child { text-align: left; padding-left: 0.2rem; }
-thead th { border-bottom: 2px solid var(--line); }
-tbody tr:nth-child(even) { background: var(--shade); }
-td:not(:first-child) { white-space: nowrap; }
-table.words td:not(:first-child) { white-space: normal; text-align: left;
-  overflow-wrap: anywhere; }
-figure { margin: 0.6rem 0 0; }
-figure img { display: block; width: 100%; height: auto; background: #fff; padding: 0.5rem;
-  border: 1px solid var(--line); border-radius: 6px; }
-figcaption { margin: 0.5rem 0 0; max-width: 46rem; }
-@media (max-width: 640px) {
-  main { padding: 0.8rem 0.7rem 2rem; }
-  h1 { font-size: 1.35rem; }
-  th, td { padding: 0.28rem 0.4rem; font-size: 0.88rem; }
-  figure .scroll img { width: 46rem; max-width: none; }
-}
-"""
-
 
 @dataclasses.dataclass(frozen=True)
 class Table:
@@ -86,14 +54,18 @@ class Table:
         return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
     def to_html(self, *, words: bool = False) -> str:
-        """An HTML table in a box that scrolls sideways; ``words`` sets all columns to the left."""
-        head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in self.columns)
+        """An HTML table in a box that scrolls sideways, sorted by a click on a heading.
+
+        ``words`` sets all columns to the left, and leaves the order as it is.
+        """
+        names = (html.escape(name) for name in self.columns)
+        button = "{}" if words else '<button type="button">{}</button>'
+        head = "".join(f'<th scope="col">{button.format(name) if name else name}</th>' for name in names)
         lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self.rows)
         body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-        kind = ' class="words"' if words else ""
         return (
-            f'<div class="scroll" tabindex="0"><table{kind}>\n<thead><tr>{head}</tr></thead>\n'
-            f"<tbody>\n{body}\n</tbody></table></div>"
+            f'<div class="scroll" tabindex="0"><table class="{"words" if words else "sortable"}">\n'
+            f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
         )
 
 
@@ -108,9 +80,32 @@ class Page:
         self.title = title
         self._parts: list[str] = []
 
-    def heading(self, text: str) -> None:
-        """Start a section."""
-        self._parts.append(f"<h2>{html.escape(text)}</h2>")
+    def heading(self, text: str, *, anchor: str = "", below: bool = False) -> None:
+        """Start a section, which links lead to by its anchor; or one ``below`` it."""
+        level, place = (3 if below else 2), f' id="{html.escape(anchor)}"' if anchor else ""
+        self._parts.append(f"<h{level}{place}>{html.escape(text)}</h{level}>")
+
+    def contents(self, entries: Sequence[tuple[str, str, str]]) -> None:
+        """A list of the sections: anchor, heading and a sentence of each."""
+        lines = (
+            f'<li><a href="#{html.escape(anchor)}">{html.escape(name)}</a><p>{html.escape(text)}</p></li>'
+            for anchor, name, text in entries
+        )
+        self._parts.append('<ul class="contents">\n' + "\n".join(lines) + "\n</ul>")
+
+    def verdict(self, text: str) -> None:
+        """What came out, set apart."""
+        self._parts.append(f'<p class="verdict">{html.escape(text)}</p>')
+
+    def code(self, text: str, after: str) -> None:
+        """A command, and plain text behind it."""
+        self._parts.append(f'<p class="soft"><code>{html.escape(text)}</code>{html.escape(after)}</p>')
+
+    def folded(self, summary: str, table: Table) -> None:
+        """A table of words that opens with a click on its summary."""
+        self._parts.append(
+            f"<details><summary>{html.escape(summary)}</summary>\n{table.to_html(words=True)}\n</details>"
+        )
 
     def paragraph(self, text: str, *, soft: bool = False) -> None:
         """A paragraph of plain text; ``soft`` sets it back."""
@@ -122,11 +117,13 @@ class Page:
         self._parts.append(table.to_html(words=words))
 
     def picture(self, png: bytes, *, alt: str, caption: str) -> None:
-        """A PNG picture, embedded, with a caption; on narrow screens it scrolls sideways."""
+        """A PNG picture, embedded, with a caption; on narrow screens a wide one scrolls sideways."""
+        width, height = struct.unpack(">2I", png[16:24])  # of the header that every PNG begins with
+        kind = ' class="wide"' if width > 1.6 * height else ""
         data = base64.b64encode(png).decode()
         self._parts.append(
-            f'<figure><div class="scroll" tabindex="0"><img alt="{html.escape(alt)}" '
-            f'src="data:image/png;base64,{data}"></div>\n'
+            f'<figure><div class="scroll" tabindex="0"><img{kind} alt="{html.escape(alt)}" '
+            f'width="{width}" height="{height}" src="data:image/png;base64,{data}"></div>\n'
             f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         )
 
@@ -136,8 +133,8 @@ class Page:
         return (
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f'<title>{title}</title>\n<link rel="icon" href="data:,">\n<style>{_STYLE}</style>\n</head>\n'
-            f"<body>\n<main>\n<h1>{title}</h1>\n{body}\n</main>\n</body>\n</html>\n"
+            f'<title>{title}</title>\n<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n</head>\n'
+            f"<body>\n<main>\n<h1>{title}</h1>\n{body}\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
         )
 
 
