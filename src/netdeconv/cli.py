@@ -201,6 +201,18 @@ def _export(args: argparse.Namespace) -> int:
     return export_command.run(args, export_onnx)
 
 
+def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
+    from netdeconv.lab import inspect_command
+
+    inspect_command.add_arguments(parser)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from netdeconv.lab import inspect_command
+
+    return inspect_command.run(args)
+
+
 def _training(name: str) -> Callable[[argparse.Namespace], int]:
     def run(args: argparse.Namespace) -> int:
         from netdeconv.lab import fit_command
@@ -253,6 +265,12 @@ COMMANDS = (
         "Write tables, pictures and one HTML page of what reproduce has found.",
         _report_arguments,
         _report,
+    ),
+    Command(
+        "inspect",
+        "Show what every layer of a network sees: correlation, sparsity and the state of its whitening.",
+        _inspect_arguments,
+        _inspect,
     ),
     Command(
         "export",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from netdeconv.lab.data.batches import TensorBatches
+from netdeconv.lab.data.batches import TensorBatches, first_images
 from netdeconv.lab.data.cityscapes import CityscapesData
 from netdeconv.lab.data.digits import DigitsData
 from netdeconv.lab.data.folder import ImageFolderData, ImageNetData
@@ -24,5 +24,6 @@ __all__ = [
     "TensorBatches",
     "create_data",
     "data_root",
+    "first_images",
     "photographs",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from netdeconv.lab.data.resumable import ResumableBatches, seeded
 
-__all__ = ["Shifts", "TensorBatches", "standardised"]
+__all__ = ["Shifts", "TensorBatches", "first_images", "standardised"]
 
 
 class TensorBatches(ResumableBatches):
@@ -69,6 +70,16 @@ class Shifts:
         windows = F.pad(images, (self.pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)
         picked = windows[torch.arange(count), :, rows, columns]
         return torch.where(mirrored.bool()[:, None, None, None], picked.flip(3), picked)
+
+
+def first_images(loader: Iterable[Any], count: int) -> Tensor:
+    """The first images that a loader gives, at most so many. Shapes: ``(N, C, H, W)``."""
+    images: list[Tensor] = []
+    for batch, _ in loader:
+        images.append(batch)
+        if sum(map(len, images)) >= count:
+            break
+    return torch.cat(images)[:count]
 
 
 def standardised(images: Tensor, mean: tuple[float, ...], sd: tuple[float, ...]) -> Tensor:

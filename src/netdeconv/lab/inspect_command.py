@@ -1,0 +1,216 @@
+"""The command ``netdeconv inspect``: what every layer of a network sees, as a table and as a page with pictures."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from netdeconv import ConfigError, NumericalError, ShapeError, StatisticsError, calibrate
+from netdeconv.lab.names import nearest
+from netdeconv.lab.norms import NORMS
+
+__all__ = ["add_arguments", "run"]
+
+_OUT = Path("runs/inspect")
+_PHOTOGRAPHS = "photographs"
+_SIZES = {"zoo": 32, "small": 8, "torchvision": 224}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Subject:
+    """What is inspected: the network's description, its weights, and the data's options."""
+
+    network: str
+    width: float
+    norm: str
+    whitening: dict[str, Any]
+    data: dict[str, Any]
+    classes: int | None
+    checkpoint: Path | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument(
+        "what",
+        metavar="CHECKPOINT|NETWORK",
+        help="run folder of netdeconv fit or a checkpoint in it, a state dict with --network, or a network by its name",
+    )
+    parser.add_argument("--network", metavar="NAME", help="network of a checkpoint that does not say so itself")
+    parser.add_argument("--width", type=float, metavar="FACTOR", help="factor on its channels (default: 1)")
+    parser.add_argument("--norm", choices=tuple(NORMS), help="its normalisation (default: nd)")
+    parser.add_argument("--classes", type=int, metavar="N", help="its outputs (default: those of the data)")
+    parser.add_argument(
+        "--data",
+        metavar="NAME",
+        help="data set to look at, or photographs, cuts of the two of scikit-learn (default: the data that the run was "
+        "trained on, otherwise photographs)",
+    )
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="its folder (default: NETDECONV_DATA)")
+    parser.add_argument("--image-size", type=int, metavar="N", help="side of the images, where they have several")
+    parser.add_argument("--images", type=int, default=256, metavar="N", help="how many (default: 256)")
+    parser.add_argument("--out", type=Path, default=_OUT, metavar="DIR", help=f"where to write (default: {_OUT})")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, look, print the table, write the page; the exit code.
+
+    Raises:
+        ConfigError: a mistake of the user.
+    """
+    from netdeconv.inspect import inspect_layers
+    from netdeconv.lab.inspect_report import describe, write
+
+    for name in ("images", "image_size", "classes", "width"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"--{name.replace('_', '-')}: expected a number above 0, got {value:g}")
+    subject = _subject(args)
+    images, about = _images(subject, args)
+    net = _network(subject, about).eval()
+    state = f"weights of {subject.checkpoint}"
+    try:
+        if subject.checkpoint is None:
+            state = "random weights"
+            if subject.norm.startswith("nd"):
+                calibrate(net, images)
+                state += ", statistics of these images"
+        views = inspect_layers(net, images)
+    except StatisticsError as error:
+        raise ConfigError(f"{subject.checkpoint}: was saved before the first training step: {error}") from error
+    except (ShapeError, NumericalError, RuntimeError, ValueError, AssertionError) as error:
+        size = "x".join(map(str, images.shape[1:]))
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"{subject.network} cannot be run on images of {size}: {reason}. Try another --data or --image-size"
+        ) from error
+    line = (
+        f"{subject.network}, width {subject.width:g}, {NORMS[subject.norm]}; {state}; {len(images)} images of "
+        f"{subject.data['name']}, {'x'.join(map(str, images.shape[1:]))}, in evaluation mode"
+    )
+    print(f"{line}\n\n{describe(views)}\n")
+    for path in write(args.out, f"{subject.network}: what its layers see", line, net, views):
+        print(path)
+    return 0
+
+
+def _subject(args: argparse.Namespace) -> _Subject:
+    path = Path(args.what)
+    folder, checkpoint = _checkpoint(path)
+    found: dict[str, Any] = {}
+    if checkpoint is not None:
+        found = {**(_settings(folder / "config.yaml") if folder is not None else {}), **_about(checkpoint)}
+    if checkpoint is None and args.network is not None:
+        raise ConfigError(f"{args.what}: expected a checkpoint with --network {args.network}, there is no such file")
+    name = args.network or found.get("network") or (args.what if checkpoint is None else None)
+    if name is None:
+        raise ConfigError(f"{path}: does not say of which network it is. Give --network, and --width and --norm")
+    data = dict(found.get("data") or {})
+    if args.data is not None and args.data != data.get("name"):
+        data = {"name": args.data}
+    return _Subject(
+        network=name,
+        width=found.get("width", 1.0) if args.width is None else args.width,
+        norm=args.norm or found.get("norm") or "nd",
+        whitening=dict(found.get("whitening") or {}) if args.norm in (None, found.get("norm")) else {},
+        data=data or {"name": _PHOTOGRAPHS},
+        classes=args.classes or found.get("classes"),
+        checkpoint=checkpoint,
+    )
+
+
+def _checkpoint(path: Path) -> tuple[Path | None, Path | None]:
+    """The run folder, where there is one, and the file; neither for a name."""
+    if path.is_dir():
+        kept = [path / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
+        file = next((one for one in kept if one.is_file()), None)
+        if file is None:
+            raise ConfigError(f"{path}: expected a run folder of netdeconv fit, found no {kept[-1]}")
+        return path, file
+    if path.is_file():
+        folder = path.absolute().parent.parent
+        return (folder if (folder / "config.yaml").is_file() else None), path
+    if path.suffix in (".pt", ".pth", ".ckpt", ".bin") or (len(path.parts) > 1 and ":" not in str(path)):
+        raise ConfigError(f"{path}: expected a checkpoint, there is no such file")
+    return None, None
+
+
+def _about(checkpoint: Path) -> dict[str, Any]:
+    """What ``netdeconv fit`` has written into its checkpoints: network, width, norm and classes."""
+    from netdeconv.lab.checkpoint import read_checkpoint
+
+    content = read_checkpoint(checkpoint)
+    callbacks = content.get("callbacks") if isinstance(content, dict) else None
+    return dict((callbacks or {}).get("Signature", {}).get("about", {}))
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _images(subject: _Subject, args: argparse.Namespace) -> tuple[Tensor, dict[str, Any]]:
+    """Images as the network gets them, and what it needs to know of them."""
+    from netdeconv.lab.data import DATASETS, first_images, photographs
+    from netdeconv.lab.training.settings import build_data, resolved_data
+
+    name = subject.data["name"]
+    about: dict[str, Any] = {"task": "classification", "in_channels": 3, "classes": 10, "image_size": None}
+    if name == _PHOTOGRAPHS:
+        kind = subject.network.partition(":")[0].lower()
+        side = args.image_size or _SIZES.get(kind, _SIZES["zoo"])
+        photos = photographs()
+        if side > min(photos.shape[2:]):
+            raise ConfigError(f"--image-size: expected at most {min(photos.shape[2:])} for photographs, got {side}")
+        return _cuts(photos, side, args.images), {**about, "image_size": side}
+    if name not in DATASETS:
+        raise ConfigError(f"--data: there is no {name}. {nearest(str(name), [*DATASETS, _PHOTOGRAPHS])}")
+    options = {**subject.data}
+    for key, value in (("root", args.data_root), ("image_size", args.image_size)):
+        if value is not None:
+            options[key] = str(value) if isinstance(value, Path) else value
+    data: Any = build_data(resolved_data(options))
+    data.setup()
+    images = first_images(data.test_dataloader(), args.images)
+    size = data.image_size if isinstance(data.image_size, int) else None
+    return images, {"task": data.task, "in_channels": data.in_channels, "classes": data.num_classes, "image_size": size}
+
+
+def _cuts(photos: Tensor, side: int, count: int) -> Tensor:
+    """Squares at random places of the photographs, less the mean of each channel and over its deviation."""
+    drawn = torch.Generator().manual_seed(0)
+    height, width = photos.shape[2] - side + 1, photos.shape[3] - side + 1
+    tops, lefts = (torch.randint(size, (count,), generator=drawn).tolist() for size in (height, width))
+    cuts = [
+        photos[i % len(photos), :, top : top + side, left : left + side]
+        for i, (top, left) in enumerate(zip(tops, lefts, strict=True))
+    ]
+    mean, sd = photos.mean((0, 2, 3)).view(-1, 1, 1), photos.std((0, 2, 3)).view(-1, 1, 1)
+    return (torch.stack(cuts) - mean) / sd
+
+
+def _network(subject: _Subject, about: dict[str, Any]) -> nn.Module:
+    from netdeconv.lab.checkpoint import load_checkpoint
+    from netdeconv.lab.networks import network
+    from netdeconv.lab.norms import with_norm
+
+    described = dict(about)
+    of_data = described.pop("classes")
+    classes = of_data if subject.classes is None else subject.classes
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = network(subject.network, subject.width, classes, **described)
+    net = with_norm(net, subject.norm, subject.whitening, name=subject.network)
+    if subject.checkpoint is not None:
+        load_checkpoint(net, subject.checkpoint, norm=subject.norm, classes=classes)
+    return net

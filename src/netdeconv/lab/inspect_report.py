@@ -1,0 +1,186 @@
+"""Table, pictures and page of the command inspect."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import nn
+
+from netdeconv import StatisticsError
+from netdeconv.inspect import LayerView, centre_filters
+from netdeconv.lab.plots import LINES, png, tidy
+from netdeconv.lab.report import Page, Table
+from netdeconv.lab.store import write_whole
+
+__all__ = ["describe", "layer_table", "write"]
+
+_DRAWN = 72  # features of a correlation matrix that are drawn
+_SHOWN = 32  # filters of the first layer
+
+_COLUMNS = [
+    "layer", "kind", "features", "patches", "correlation", "pixels", "channels", "condition", "root residual", "age",
+    "kurtosis", "Hoyer",
+]  # fmt: skip
+_NOTE = (
+    "Before → after whitening. correlation: mean absolute value of two features of a patch, of which pixels are two "
+    "taps of one channel and channels two channels at one tap; condition: of the covariance plus eps, the worst block; "
+    "root residual: |D (cov + eps) D - 1| over the root of the size, 0 is white; age: training steps since the root "
+    "was computed; kurtosis: 3 for Gaussian numbers; Hoyer's sparsity: 0.2 for Gaussian numbers of mean 0, here before "
+    "whitening with the mean taken off. Layers without whitening have no second number."
+)
+
+
+def layer_table(views: Sequence[LayerView]) -> Table:
+    """One row for each layer."""
+    rows = []
+    for view in views:
+        rows.append(
+            [
+                view.name or "(the model)",
+                view.kind,
+                str(view.features),
+                str(view.rows),
+                _pair(view, "correlation", 3),
+                _pair(view, "pixelwise", 3) if view.taps > 1 else "–",
+                _pair(view, "channelwise", 3) if view.features > view.taps else "–",
+                f"{view.condition:.1e}",
+                "–" if view.root_residual is None else f"{view.root_residual:.2f}",
+                "–" if view.refresh_age is None else str(view.refresh_age),
+                _pair(view, "kurtosis", 1),
+                _pair(view, "hoyer", 2),
+            ]
+        )
+    return Table(_COLUMNS, rows, title="Layer by layer", note=_NOTE)
+
+
+def describe(views: Sequence[LayerView]) -> str:
+    """The table for a terminal."""
+    table = layer_table(views)
+    return f"{table.to_text()}\n\n{table.note}"
+
+
+def write(out: Path, title: str, line: str, net: nn.Module, views: Sequence[LayerView]) -> list[Path]:
+    """Write ``inspect.html`` and its pictures; returns the files."""
+    pictures = [("layers.png", _layers(views), "Correlation and kurtosis of every layer's input", _OF_LAYERS)]
+    maps = [view for view in views if view.features > 1 and view.taps > 1] or list(views)
+    chosen = list(dict.fromkeys([maps[0].name, maps[len(maps) // 2].name, maps[-1].name]))
+    pictures.append(
+        (
+            "correlation.png",
+            _correlations([view for view in views if view.name in chosen]),
+            "Absolute correlation matrices",
+            f"Absolute correlation of the first {_DRAWN} features of a patch, ordered by channel, then by tap.",
+        )
+    )
+    filters = _filters(net, views[0])
+    if filters is not None:
+        pictures.insert(0, ("filters.png", filters, "Filters of the first layer", _OF_FILTERS))
+    page = Page(title)
+    page.paragraph(line)
+    table = layer_table(views)
+    page.heading(table.title)
+    page.table(table)
+    page.paragraph(table.note, soft=True)
+    files = []
+    for name, figure, alt, caption in pictures:
+        content = png(figure)
+        page.heading(alt)
+        page.picture(content, alt=alt, caption=caption)
+        files.append(out / name)
+        write_whole(files[-1], content)
+    write_whole(out / "inspect.html", page.to_html().encode())
+    return [out / "inspect.html", *files]
+
+
+_OF_LAYERS = (
+    "Left: mean absolute correlation; right: kurtosis, 3 for Gaussian numbers. Layers in the order of the first call."
+)
+_OF_FILTERS = (
+    "First row, where the layer whitens: the filters of the centre pixel that whiten its patches, one per channel, "
+    "grey is 0, each scaled to its peak. Below: the layer's own filters, with the whitening folded in, scaled likewise."
+)
+
+
+def _pair(view: LayerView, name: str, digits: int) -> str:
+    """Before and after whitening; Hoyer's sparsity with the mean taken off before, too."""
+    before = view.standardised if name == "hoyer" else view.raw
+    values = [getattr(responses, name) for responses in (before, view.whitened) if responses is not None]
+    return " → ".join("–" if math.isnan(value) else f"{value:.{digits}f}" for value in values)
+
+
+def _layers(views: Sequence[LayerView]) -> Figure:
+    figure = Figure(figsize=(11, 3.8), dpi=130, layout="constrained")
+    for axes, key, label in zip(
+        figure.subplots(1, 2), ("correlation", "kurtosis"), ("mean |correlation|", "kurtosis"), strict=True
+    ):
+        axes.plot([getattr(view.raw, key) for view in views], label="before whitening", markersize=4, **LINES[0])
+        white = [math.nan if view.whitened is None else getattr(view.whitened, key) for view in views]
+        if not all(map(math.isnan, white)):
+            axes.plot(white, label="after whitening", markersize=4, **LINES[1])
+        step = max(1, math.ceil(len(views) / 16))
+        axes.set_xticks(range(0, len(views), step), [view.name for view in views][::step], rotation=40, ha="right")
+        axes.tick_params(axis="x", labelsize=7)
+        axes.set_ylabel(label)
+        axes.legend(fontsize=8, frameon=False)
+        tidy(axes)
+    figure.axes[0].set_ylim(0, None)
+    figure.axes[1].set_yscale("log")
+    return figure
+
+
+def _correlations(views: Sequence[LayerView]) -> Figure:
+    figure = Figure(figsize=(6.6, 3.1 * len(views)), dpi=130, layout="constrained")
+    grid = figure.subplots(len(views), 2, squeeze=False)
+    picture: Any = None
+    for row, view in zip(grid, views, strict=True):
+        for axes, responses, when in zip(row, (view.raw, view.whitened), ("before", "after"), strict=True):
+            if responses is None:
+                axes.set_axis_off()
+                continue
+            matrix = responses.matrix[:_DRAWN, :_DRAWN].abs().numpy()
+            picture = axes.imshow(matrix, vmin=0, vmax=1, cmap="cividis", interpolation="nearest")
+            axes.set_title(f"{view.name}, {when}: mean {responses.correlation:.3f}", fontsize=9)
+            axes.tick_params(labelsize=7)
+    figure.colorbar(picture, ax=grid, shrink=0.6, label="|correlation|")
+    return figure
+
+
+def _filters(net: nn.Module, view: LayerView) -> Figure | None:
+    """Of the first layer, if it is a convolution of grey or colour images; its whitening filters if it whitens."""
+    layer: Any = net.get_submodule(view.name)
+    weight = getattr(layer, "weight", None)
+    if weight is None or weight.dim() != 4 or weight.shape[1] not in (1, 3):
+        return None
+    centre = None
+    if view.whitened is not None:
+        try:
+            weight = layer.folded()[0]
+        except StatisticsError:
+            return None
+        side = layer.kernel_size
+        if layer.whitening.blocks.single and all(k % 2 for k in side):
+            root = layer.whitening.running_root.detach()
+            centre = centre_filters(root.reshape(len(root), -1, *side))
+    own = weight.detach()[:_SHOWN]
+    columns = 8
+    rows = math.ceil(len(own) / columns) + (centre is not None)
+    figure = Figure(figsize=(0.95 * columns, 0.95 * rows), dpi=130, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for i, kernel in enumerate(() if centre is None else centre):
+        _show(grid[0, i], kernel)
+    for i, kernel in enumerate(own):
+        _show(grid[i // columns + (centre is not None), i % columns], kernel)
+    return figure
+
+
+def _show(axes: Any, kernel: Any) -> None:
+    values = kernel.permute(1, 2, 0).double().cpu().numpy()
+    scaled = 0.5 + 0.5 * values / max(np.abs(values).max(), 1e-30)
+    axes.imshow(scaled if scaled.shape[2] == 3 else scaled[:, :, 0], vmin=0, vmax=1, cmap="gray")

@@ -1,0 +1,121 @@
+"""The command inspect: what it loads, the table it prints, the files it writes, and what it says to mistakes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from netdeconv import calibrate, convert
+from netdeconv.cli import main
+from netdeconv.lab.inspect_command import _cuts
+from netdeconv.lab.networks import network
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a short training."""
+    out = tmp_path_factory.mktemp("run") / "digits"
+    arguments = ["--config", "digits", "--norm", "nd", "--width", "0.5", "--trainer.max_epochs", "1", "--out", str(out)]
+    assert main(["fit", *arguments]) == 0
+    return out
+
+
+def rows(printed: str) -> dict[str, list[str]]:
+    """Cells by layer, of the table in what was printed."""
+    lines = printed.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("---")) + 1
+    cells = [re.split(r"\s{2,}", line) for line in lines[first : lines.index("", first)]]
+    return {name: rest for name, *rest in cells}
+
+
+def test_a_run_folder_says_what_it_is_of(
+    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(fitted), "--images", "64", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "small, width 0.5" in printed and "64 images of digits, 1x8x8" in printed
+    found = rows(printed)
+    assert list(found) == ["conv1", "conv2", "conv3", "head"]
+    # One epoch of 997 images in batches of 64 or so: the last refresh was not long ago; layers of 9 to 64 features.
+    assert [found[name][1] for name in found] == ["9", "72", "144", "64"]
+    assert all(0 <= int(cells[8]) < 16 for cells in found.values())
+    before, after = map(float, found["conv1"][3].split(" → "))
+    assert after < before
+    page = (tmp_path / "inspect.html").read_text()
+    assert page.count("<img ") == 3 and "conv3" in page
+    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in ("filters.png", "layers.png"))
+
+
+def test_a_checkpoint_alone_is_enough(fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = tmp_path / "alone.ckpt"
+    alone.write_bytes((fitted / "checkpoints" / "last.ckpt").read_bytes())
+    command = ["inspect", str(alone), "--data", "digits", "--images", "64", "--out", str(tmp_path)]
+    assert main(command) == 0
+    assert list(rows(capsys.readouterr().out)) == ["conv1", "conv2", "conv3", "head"]
+
+
+def test_a_state_dict_with_the_name_of_its_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = calibrate(convert(network("small", in_channels=3)), torch.randn(16, 3, 8, 8))
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    options = ["--image-size", "8", "--images", "32", "--out", str(tmp_path)]
+    assert main(["inspect", str(tmp_path / "net.pt"), "--network", "small", *options]) == 0
+    assert "32 images of photographs, 3x8x8" in capsys.readouterr().out
+
+
+def test_networks_by_name_have_the_statistics_of_the_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", "small", "--norm", "bn", "--images", "32", "--out", str(tmp_path)]) == 0
+    plain = capsys.readouterr().out
+    assert main(["inspect", "small", "--images", "32", "--out", str(tmp_path)]) == 0
+    whitened = capsys.readouterr().out
+    assert "random weights, statistics of these images" in whitened and "→" in rows(whitened)["conv1"][3]
+    assert "statistics" not in plain and rows(plain)["conv1"][7:9] == ["–", "–"]
+    assert rows(plain)["conv1"][3] == rows(whitened)["conv1"][3].split(" → ")[0]
+
+
+def test_cuts_of_photographs_are_standardised_squares() -> None:
+    photos = torch.rand(2, 3, 40, 50, generator=torch.Generator().manual_seed(0))
+    cuts = _cuts(photos, 16, 400)
+    assert cuts.shape == (400, 3, 16, 16)
+    assert torch.equal(cuts, _cuts(photos, 16, 400))
+    assert float(cuts.mean()) == pytest.approx(0, abs=0.02)
+    assert float(cuts.std()) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["vgg99"], "nearest name is vgg"),
+        (["nowhere/last.ckpt"], "expected a checkpoint, there is no such file"),
+        (["."], "expected a run folder of netdeconv fit"),
+        (["small", "--data", "cifar11"], "nearest name is cifar10"),
+        (["small", "--images", "0"], "--images: expected a number above 0"),
+        (["small", "--image-size", "999"], "expected at most 427"),
+        (["small", "--network", "vgg11"], "expected a checkpoint with --network vgg11"),
+        (["vgg16", "--image-size", "8"], "vgg16 cannot be run on images of 3x8x8"),
+        (["small", "--norm", "none"], None),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(
+    arguments: list[str], message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    code = main(["inspect", *arguments])
+    error = capsys.readouterr().err
+    assert code == (0 if message is None else 2)
+    if message is not None:
+        assert message in error and len(error.splitlines()) == 1
+
+
+def test_files_that_say_nothing_of_their_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"a": torch.zeros(2)}, tmp_path / "net.pt")
+    assert main(["inspect", str(tmp_path / "net.pt")]) == 2
+    assert "does not say of which network it is" in capsys.readouterr().err
+    (tmp_path / "net.pt").write_bytes(b"no checkpoint")
+    assert main(["inspect", str(tmp_path / "net.pt"), "--network", "small"]) == 2
+    assert "expected a file of torch.save" in capsys.readouterr().err
