@@ -18,6 +18,11 @@ EXPERIMENTS: dict[str, tuple[str, str]] = {
     "batch-size": ("batch_size", "batch normalisation and network deconvolution in small and large batches"),
     "ablation": ("ablation", "block size, sampling, iterations, eps, refresh period, gradient: one changed at a time"),
     "cost": ("cost", "operations and time of whitening, layer by layer, published procedure and default"),
+    "filters": ("filters", "whitening filters of natural images have a centre and a surround"),
+    "sparsity": ("sparsity", "whitened responses are sparse: photographs, and the layers of a trained network"),
+    "correlation": ("correlation", "whitening removes the correlation of pixels and of channels, layer by layer"),
+    "imagenet": ("imagenet", "classification: the pipeline for ImageNet (table 2), at small sizes on CIFAR-10's files"),
+    "cityscapes": ("cityscapes", "segmentation of streets: the pipeline for Cityscapes (table 3), on CamVid"),
 }
 
 

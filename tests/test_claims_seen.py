@@ -1,0 +1,118 @@
+"""Experiments on what whitening looks like, and those that train by the command fit: small runs, verdicts by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from netdeconv import ConfigError
+from netdeconv.lab.experiments import fitted, trained
+from netdeconv.lab.experiments.experiment import Experiment, Presentation
+from netdeconv.lab.experiments.fitted_report import Measure, present_fits
+from netdeconv.lab.experiments.registry import load
+from netdeconv.lab.experiments.results import Outcome, carry_out
+from netdeconv.lab.plots import png
+
+
+def carried_out(name: str, out: Path, **changes: Any) -> Outcome:
+    experiment: Experiment = load(name)
+    settings = dataclasses.replace(experiment.sizes["smoke"], **changes)
+    return carry_out(experiment, settings, out, command=f"netdeconv reproduce {name}", thread_count=1, show=False)
+
+
+def test_filters_of_photographs_have_a_centre_and_a_surround(tmp_path: Path) -> None:
+    outcome = carried_out("filters", tmp_path, sizes=(5,), stride=10)
+    found = {(one["colours"], one["root"]): one for one in outcome.record["result"]["filters"]}
+    assert len(found) == 8
+    for colours in ("colour", "grey"):
+        exact, five, zca = (found[colours, root] for root in ("exact", "steps5", "zca"))
+        assert exact["fit"]["r2"] > 0.95 > exact["fit"]["r2_centre_only"]
+        assert exact["negative_share"] > 0.8
+        assert five["peak"] < exact["peak"] <= zca["peak"]
+    assert found["colour", "steps5"]["negative_share"] < 0.5
+    assert "2 of 2 filters" in outcome.presentation.verdict
+    assert (tmp_path / "filters" / "filters-photographs-grey.png").is_file()
+
+
+def test_networks_are_trained_once_for_both_experiments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    correlation = carried_out("correlation", tmp_path)
+    monkeypatch.setattr(trained, "fit", lambda *_, **__: pytest.fail("trained again"))
+    sparsity = carried_out("sparsity", tmp_path)
+    networks = correlation.record["result"]["networks"]
+    for layer in networks["nd"]["layers"]:
+        assert layer["after"]["correlation"] < layer["before"]["correlation"]
+    assert all(layer["after"] is None for layer in networks["bn"]["layers"])
+    assert [layer["name"] for layer in networks["bn"]["layers"]] == ["conv1", "conv2", "conv3", "head"]
+    assert networks["nd"]["layers"][1]["taps"] == 9 and len(networks["nd"]["layers"][1]["after"]["matrix"]) == 72
+    result = sparsity.record["result"]
+    assert result["networks"]["nd"]["accuracy"] == networks["nd"]["accuracy"] > 0.5
+    (five, exact) = (one["whitened"]["kurtosis"] for one in result["photographs"])
+    assert result["photographs"][0]["raw"]["kurtosis"] < 3 < five < exact
+    for outcome in (correlation, sparsity):
+        assert "The claim holds" in outcome.presentation.verdict
+        assert len(list(outcome.folder.glob("*.png"))) == 2
+
+
+def test_the_command_fit_trains_what_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = carried_out("imagenet", tmp_path, network="small", bn_rates=(0.1, 0.02))
+    runs = outcome.record["result"]["runs"]
+    assert [(run["norm"], run["rate"]) for run in runs] == [("bn", 0.1), ("bn", 0.02), ("nd", 0.1)]
+    assert all(math.isfinite(run["epochs"][0]["train/loss"]) and run["parameters"] > 1000 for run in runs)
+    assert len(list((tmp_path / "imagenet" / "fits").glob("*/checkpoints/last.ckpt"))) == 3
+    assert outcome.presentation.verdict.startswith("Generated images: this shows that the pipeline runs")
+    assert outcome.presentation.tables[1].rows[0][:2] == ["vgg11", "none"]
+    # What is finished is found again, though its images were generated anew and in another place.
+    monkeypatch.setattr(fitted, "fitted", lambda *_: pytest.fail("trained again"))
+    again = carried_out("imagenet", tmp_path, network="small", bn_rates=(0.1, 0.02))
+    assert again.record["result"]["runs"] == runs
+
+
+def test_data_that_are_not_there_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NETDECONV_DATA", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"expected data in .*streets, there is no such folder"):
+        carried_out("cityscapes", tmp_path, data="streets")
+
+
+def presented(*runs: tuple[str, float, float | None], data: str = "streets") -> Presentation:
+    """Of trainings by norm, rate and the measure after the last epoch; ``None`` as a loss that is not finite."""
+    result = {
+        "settings": {"data": data},
+        "runs": [
+            {
+                "norm": norm,
+                "rate": rate,
+                "seed": seed,
+                "epochs": [{"epoch": 1.0, "train/loss": 1.0, "validation/loss": 2.0, "validation/miou": score}],
+            }
+            for seed, (norm, rate, score) in enumerate(runs)
+        ],
+    }
+    return present_fits(result, Measure("validation/miou", "mIoU"), note="", name="x")
+
+
+@pytest.mark.parametrize(
+    ("runs", "verdict"),
+    [
+        ([("bn", 0.1, 0.2), ("bn", 0.02, 0.3), ("nd", 0.1, 0.4)], "is ahead: mIoU 40.0 %"),
+        ([("bn", 0.1, 0.2), ("bn", 0.02, 0.5), ("nd", 0.1, 0.4)], "is not ahead: mIoU 40.0 %"),
+        ([("bn", 0.1, 0.2), ("nd", 0.1, 0.1), ("nd", 0.02, 0.3)], "30.0 % for network deconvolution at rate 0.02"),
+        ([("bn", 0.1, 0.2), ("bn", 0.02, 0.3), ("nd", 0.1, 0.4)], "own rate batch normalisation has 20.0 %"),
+        ([("bn", 0.1, 0.2)], "nothing to compare"),
+        ([("bn", 0.1, 0.2), ("nd", 0.1, None)], "nothing to compare"),
+    ],
+)
+def test_each_method_counts_at_its_own_best_rate(runs: list[tuple[str, float, float | None]], verdict: str) -> None:
+    assert verdict in presented(*runs).verdict
+
+
+def test_seeds_are_averaged_and_divergence_is_shown() -> None:
+    found = presented(("bn", 0.1, 0.2), ("bn", 0.1, 0.3), ("nd", 0.1, None))
+    assert [row[3] for row in found.tables[0].rows] == ["25.0 ± 7.1 %", "diverged"]
+    figure = Figure()
+    found.figures[0].draw(figure)
+    assert png(figure).startswith(b"\x89PNG")
