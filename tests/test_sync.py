@@ -45,7 +45,7 @@ def exchange(shares: list[Moments], blocks: Blocks, about: Tensor, *, autograd: 
 
         for replacement in (note, add_up):
             patch.setattr(where, replacement)
-            results = [joined_moments(share, blocks, about) for share in shares]
+            results = [joined_moments([share], blocks, about)[0] for share in shares]
     return results
 
 
@@ -122,11 +122,24 @@ def test_a_gradient_of_a_gradient_is_summed_as_well(monkeypatch: pytest.MonkeyPa
     assert second.tolist() == [8, 8]
 
 
+def test_one_call_carries_mean_and_covariance(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda value, group=None: sent.append(len(value)))
+    layer = WhitenedConv2d(3, 4, 1, whitening=WhiteningConfig(update_every=2))
+    for step in range(18):
+        layer(torch.randn(4, 3, 2, 2))
+        assert len(sent) == step + 1
+    with_mean, with_cov = 1 + 3, 1 + 3 + 3 * 3
+    assert sent == [with_mean + with_cov] * 17 + [with_mean]
+
+
 def test_alone_nothing_is_exchanged() -> None:
     blocks = Blocks.plan(3, Window(), 1, 64, "contiguous")
     moments = patch_moments(rows(5, 3), blocks)
     assert not distributed()
-    assert joined_moments(moments, blocks, torch.zeros(3)) is moments
+    assert joined_moments([moments], blocks, torch.zeros(3))[0] is moments
 
 
 # ---- two real processes ------------------------------------------------------------------------------------
@@ -278,6 +291,6 @@ def test_a_process_follows_the_counters_that_were_broadcast_to_it(monkeypatch: p
     layer.whitening.num_steps.fill_(129)  # as DistributedDataParallel writes them: in place, without a word
     layer.whitening.num_updates.fill_(40)
     monkeypatch.setattr("netdeconv.nn.whitening.distributed", lambda group: True)
-    monkeypatch.setattr("netdeconv.nn.whitening.joined_moments", lambda moments, *_: moments)
+    monkeypatch.setattr("netdeconv.nn.whitening.joined_moments", lambda several, *_: several)
     layer(torch.randn(8, 4))
     assert int(layer.whitening.num_updates) == 40, "step 129 is no refresh step"

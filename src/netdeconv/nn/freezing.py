@@ -31,4 +31,5 @@ def _set(model: Model, frozen: bool) -> Model:
     for module in model.modules():
         if isinstance(module, Whitening):
             module.frozen = frozen
+            module.tell_mode()
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from netdeconv.functional import (
     spread_patches,
 )
 from netdeconv.nn.schedule import Clock
-from netdeconv.nn.sync import distributed, joined_moments
+from netdeconv.nn.sync import check_same_mode, distributed, joined_moments
 
 __all__ = ["Whitening"]
 
@@ -56,7 +57,8 @@ class Whitening(nn.Module):
     Buffers: ``running_mean``, ``running_root`` (and ``running_root_rest`` for a smaller last block), the remembered
     values; ``last_root`` (``last_root_rest``), of the last refresh, where not every step is one; ``num_updates``
     (refreshes so far), ``num_steps`` (training steps so far), ``last_update`` (num_steps at the last refresh),
-    ``num_skipped`` (steps left out because of values that are not finite).
+    ``num_skipped`` (steps left out because of values that are not finite); not saved: ``gathers`` (whether steps are
+    counted now), by which processes notice that they are not in the same mode.
     """
 
     running_mean: Tensor
@@ -65,6 +67,7 @@ class Whitening(nn.Module):
     num_steps: Tensor
     last_update: Tensor
     num_skipped: Tensor
+    gathers: Tensor
 
     def __init__(
         self,
@@ -90,6 +93,8 @@ class Whitening(nn.Module):
                 self.register_buffer(name, torch.empty(shape, device=device, dtype=dtype))
         for name in ("num_updates", "num_steps", "last_update", "num_skipped"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
+        mode = torch.ones((), dtype=torch.int64, device=device)
+        self.register_buffer("gathers", mode, persistent=False)  # DistributedDataParallel brings that of rank 0
         self.clock = Clock(self.config.update_every)
         self._ready = False
         self._agreed = False
@@ -113,6 +118,7 @@ class Whitening(nn.Module):
             counter.zero_()
         self.clock.set(0)
         self._ready, self._skipped = False, 0
+        self.tell_mode()
 
     def reset_parameters(self) -> None:
         """:meth:`reset_statistics`, by the name that is called after ``to_empty``."""
@@ -124,11 +130,14 @@ class Whitening(nn.Module):
         An empty batch is no step and changes nothing.
 
         Raises:
-            StatisticsError: remembered values are needed and there are none.
+            StatisticsError: remembered values are needed and there are none; or, with ``sync``, some processes train
+                while others are frozen or in evaluation mode.
         """
-        if not self.training or self.frozen:
-            return self.remembered()
         shared = self.config.sync and distributed(self.process_group)
+        if shared and not torch.compiler.is_compiling():
+            self._check_mode()
+        if not self._gathering():
+            return self.remembered()
         if shared and not self._agreed and not torch.compiler.is_compiling():
             self._read_counters()  # DistributedDataParallel may have brought those of rank 0
             self._agreed = True
@@ -141,6 +150,21 @@ class Whitening(nn.Module):
             self.num_steps.add_(1)
             self.clock.advance()
         return mean, roots
+
+    def _gathering(self) -> bool:
+        return self.training and not self.frozen
+
+    def tell_mode(self) -> None:
+        """Let the other processes know whether statistics are gathered here; to be called after a change of that."""
+        self._told, self._checked = self._gathering(), False
+        self.gathers.fill_(self._told)
+
+    def _check_mode(self) -> None:
+        if self._told != self._gathering():  # by an assignment to `training` or `frozen`, of which nobody was told
+            self.tell_mode()
+        elif not self._checked or self.gathers.device.type == "cpu":  # elsewhere, looking means waiting for the device
+            check_same_mode(self._told, self.gathers, self.label)
+            self._checked = True
 
     def remembered(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The running values, as evaluation uses them.
@@ -179,17 +203,17 @@ class Whitening(nn.Module):
     def _moments(self, x: Tensor, due: bool, again: bool) -> Moments:
         """Mean, and the covariances of a sample of patches when due."""
         if due and self.config.sampling == "corner":
-            return self._joined(self._moments_of(self.sample(x)))
-        moments = self._joined(self.mean_of(x))
+            return self._joined(self._moments_of(self.sample(x)))[0]
+        moments = self.mean_of(x)
         if not due:
-            return moments
-        turn = self.num_updates - int(again)
-        sample = self.sample(x, max_samples=self.config.max_samples, turn=turn)
-        return self._joined(self._moments_of(sample))._replace(mean=moments.mean)
+            return self._joined(moments)[0]
+        sample = self.sample(x, max_samples=self.config.max_samples, turn=self.num_updates - int(again))
+        moments, sampled = self._joined(moments, self._moments_of(sample))
+        return sampled._replace(mean=moments.mean)
 
-    def _joined(self, moments: Moments) -> Moments:
+    def _joined(self, *several: Moments) -> Sequence[Moments]:
         shared = self.config.sync
-        return joined_moments(moments, self.blocks, self.running_mean, self.process_group) if shared else moments
+        return joined_moments(several, self.blocks, self.running_mean, self.process_group) if shared else several
 
     def mean_of(self, x: Tensor) -> Moments:
         """Moments of all patches of x ``(N, C, *spatial)``, without covariances."""
@@ -271,6 +295,7 @@ class Whitening(nn.Module):
     def train(self, mode: bool = True) -> Whitening:
         """Switch mode, and bring what Python knows of the counters up to date."""
         super().train(mode)
+        self.tell_mode()
         self._read_counters()
         return self
 
