@@ -200,6 +200,12 @@ def test_batch_norm_of_one_value(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "Batch normalisation cannot train on one image" in complaint(capsys, *net, *one)
 
 
+def test_a_value_that_the_optimizer_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Invalid learning rate: -1" in complaint(
+        capsys, "fit", *SETTINGS, "--optimizer.lr=-1", f"--out={tmp_path}"
+    )
+
+
 def test_damaged_settings_in_the_folder(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "config.yaml").write_bytes(b"\xff\xfe\x00")
     assert "config.yaml: is damaged" in complaint(capsys, "fit", *SETTINGS, "--out", str(run))

@@ -87,6 +87,29 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, uninter
     assert_same_end(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
+def test_several_processes_end_together_when_one_is_asked_to(tmp_path: Path) -> None:
+    # Lightning's own handler talks to the other process from within the signal, and both wait for ever.
+    script = tmp_path / "run.py"
+    ask = KILLED.replace("== int(sys.argv[1])", "== 5 and self.global_rank == 1").replace("SIGKILL", "SIGTERM")
+    script.write_text(ask.replace("sys.argv[2:]", "sys.argv[1:]"))
+    out = tmp_path / "run"
+    source = str(Path(netdeconv.__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(script), "fit", *SETTINGS, "--trainer.devices=2", "--trainer.strategy=ddp"]
+    done = subprocess.run(
+        [*command, "--data.batch_size=32", f"--out={out}"],
+        capture_output=True,
+        text=True,
+        env=env,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 143, done.stderr
+    assert done.stderr.count(f"The same command goes on from {out}") == 1
+    assert checkpoint(out)["global_step"] == 6  # that of the signal, between two checkpoints
+
+
 def stop_at(monkeypatch: pytest.MonkeyPatch, where: str, call: int, stop: Callable[[], None]) -> None:
     """Let the task do something, once, in a call of this method."""
     calls = 0

@@ -29,19 +29,21 @@ __all__ = ["parsed", "run", "run_recipes"]
 _TERMINATED = 128 + signal.SIGTERM
 
 # What Lightning says of runs that go on in their folder, of short epochs, of epochs without evaluation, and of machines
-# with more cores.
+# with more or fewer cores; and what torch's compiler says of itself.
 _NOT_OURS = (
     r"Checkpoint directory .* exists and is not empty",
     r"The number of training batches .* is smaller than the logging interval",
     r".* could not find the monitored key in the returned metrics",
     r"The '.*' does not have many workers",
     r"Experiment logs directory .* exists",
+    r"This DataLoader will create .* worker processes",
+    r".torch\._prims_common\.check. is deprecated",
 )
 
 # What torch and Lightning say of settings that do not go together, and what to do then.
 _OTHER_SIZE = "The images do not have the size that the network takes: try another --data.image_size or --network"
 _OF_SETTINGS = {
-    "Early stopping conditioned on metric": "",
+    "Early stopping conditioned on metric|^Invalid [a-z_ ]+: ": "",
     "Output size is too small|greater than actual input size|shapes cannot be multiplied": _OTHER_SIZE,
     "Expected more than 1 value per channel": "Batch normalisation cannot train on one image: try a --data.batch_size "
     "that leaves no single image at the end of an epoch, or another --norm",
@@ -87,7 +89,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
                 f"cannot write to {cli.out}: {error.strerror}. Make room. {_goes_on(cli)}"
             ) from error
         except SIGTERMException:
-            print(f"netdeconv {command}: asked to end. {_goes_on(cli)}", file=sys.stderr)
+            if cli.trainer.is_global_zero:
+                print(f"netdeconv {command}: asked to end. {_goes_on(cli)}", file=sys.stderr)
             return _TERMINATED
         except SystemExit:
             if not cli.trainer.interrupted:

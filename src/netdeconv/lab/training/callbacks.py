@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from netdeconv.lab.data.resumable import mixed
 from netdeconv.lab.store import write_whole
 from netdeconv.lab.tasks import PARTS
 
-__all__ = ["History", "SeededSteps"]
+__all__ = ["EndTogether", "History", "SeededSteps"]
 
 
 class SeededSteps(Callback):
@@ -32,6 +34,30 @@ class SeededSteps(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         place = (self.seed, trainer.global_rank, trainer.current_epoch, batch_idx + 1)
         torch.manual_seed(mixed(*place))
+
+
+class EndTogether(Callback):
+    """Lets all processes of a training end after the same step, once one of them has received SIGTERM.
+
+    Lightning's own way, a broadcast inside the signal handler, meets whatever the processes are exchanging at that
+    moment, and they wait for each other for ever.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size > 1 and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._note)  # Lightning restores what was there before its own
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.asked = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self.asked, all=False):
+            trainer._signal_connector.received_sigterm = True
 
 
 class History(Callback):

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from netdeconv import ConfigError
 from netdeconv.lab.schedules import Schedule
-from netdeconv.lab.training.callbacks import History, SeededSteps
+from netdeconv.lab.training.callbacks import EndTogether, History, SeededSteps
 from netdeconv.lab.training.saving import FolderCheckpoint, StepCheckpoint, WholeFiles
 from netdeconv.lab.training.settings import Checkpoints, Network, build_data, build_task, resolved_data
 from netdeconv.lab.training.signature import Signature
@@ -123,7 +123,7 @@ class TrainingCLI(LightningCLI):
 
     def _callbacks(self, config: dict[str, Any]) -> list[Callback]:
         seed = self.config.seed_everything
-        callbacks: list[Callback] = [Signature(self.about)]
+        callbacks: list[Callback] = [Signature(self.about), EndTogether()]
         if seed is not False:
             callbacks.append(SeededSteps(int(seed)))
         if config["fast_dev_run"]:

@@ -73,7 +73,7 @@ class StepCheckpoint(FolderCheckpoint):
     ) -> None:
         if trainer.is_last_batch:
             return
-        if trainer.received_sigterm and trainer.world_size == 1:  # of several processes not all may know yet
+        if trainer.received_sigterm:  # in all processes, see EndTogether
             trainer.save_checkpoint(f"{self.dirpath}/{self.filename}{self.FILE_EXTENSION}")
         else:
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
