@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 from torch import Tensor
@@ -59,6 +60,7 @@ def run(settings: FiltersSettings, workspace: Workspace) -> dict[str, Any]:
     return result
 
 
+@functools.lru_cache(maxsize=1)
 def _images(source: str, count: int) -> Tensor:
     """``(N, 3, H, W)``, values 0 to 1."""
     if source == "photographs":
