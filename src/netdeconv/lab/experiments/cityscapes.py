@@ -27,7 +27,7 @@ class CityscapesSettings:
     recipe: str = option("cityscapes-fcn", "recipe of netdeconv fit")
     network: str = option("torchvision:lraspp_mobilenet_v3_large", "segmentation network")
     bn_rates: tuple[float, ...] = option((0.1, 0.02), "learning rates of batch normalisation")
-    nd_rates: tuple[float, ...] = option((0.1,), "learning rates of network deconvolution")
+    nd_rates: tuple[float, ...] = option((0.1, 0.02), "learning rates of network deconvolution")
     nd_update_every: int = option(1, "steps between two roots of network deconvolution")
     seeds: int = option(1, "trainings at every rate")
     epochs: int = option(8, "passes over the training images")
@@ -86,13 +86,13 @@ EXPERIMENT = Experiment(
             SIZES,
             (
                 CityscapesSettings(
-                    data=fitted.GENERATED, bn_rates=(0.02,), epochs=1, evaluate_every=1, batch_size=4, image_size=32,
-                    base_size=32,
+                    data=fitted.GENERATED, bn_rates=(0.02,), nd_rates=(0.1,), epochs=1, evaluate_every=1, batch_size=4,
+                    image_size=32, base_size=32,
                 ),
                 CityscapesSettings(),
                 CityscapesSettings(
-                    data=".", network="torchvision:fcn_resnet50", epochs=30, evaluate_every=1, image_size=480,
-                    base_size=520, workers=8,
+                    data=".", network="torchvision:fcn_resnet50", nd_rates=(0.1,), epochs=30, evaluate_every=1,
+                    image_size=480, base_size=520, workers=8,
                 ),
             ),
             strict=True,
