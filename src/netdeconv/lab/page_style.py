@@ -40,7 +40,7 @@ thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; font-we
 tbody tr:nth-child(even) td { background: var(--shade); }
 td:not(:first-child) { white-space: nowrap; }
 table.sortable th:first-child, table.sortable td:first-child { position: sticky; left: 0; background: var(--paper);
-  min-width: 8rem; max-width: 22rem; }
+  min-width: 10.5rem; max-width: 22rem; }
 table.sortable tbody tr:nth-child(even) td:first-child { background: var(--shade); }
 th button { all: unset; cursor: pointer; font-weight: 600; }
 th button::after { content: "\\a0\\2195"; color: var(--soft); opacity: 0.6; }
