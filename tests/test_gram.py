@@ -96,20 +96,34 @@ def test_half_precision_and_autocast_do_not_reach_it(kind: torch.dtype) -> None:
     assert torch.equal(root, inverse_sqrt_of_rows(x.float(), eps=1e-5))
 
 
-def test_the_factor_is_that_of_the_covariance() -> None:
-    blocks, rows = Blocks.plan(9, Window(), 1, 512, "contiguous"), drawn(4, 9) + 3
-    short, full = patch_moments(rows, blocks, factored=True), patch_moments(rows, blocks)
-    assert short.factor is not None
-    torch.testing.assert_close(short.factor.mT @ short.factor, full.covs[0])
+@pytest.mark.parametrize(
+    ("block_size", "rows", "shapes"),
+    [(512, 4, [(4, 9)]), (512, 5, [(9, 9)]), (6, 3, [(3, 6), (3, 3)]), (4, 1, [(2, 4), (1, 1)])],
+)
+def test_the_factor_is_that_of_the_covariance(block_size: int, rows: int, shapes: list[tuple[int, int]]) -> None:
+    blocks, x = Blocks.plan(9, Window(), 1, block_size, "contiguous"), drawn(rows, 9) + 3
+    short, full = patch_moments(x, blocks, factored=True), patch_moments(x, blocks)
+    assert [tuple(cov.shape) for cov in short.covs] == shapes
+    for cov, known in zip(short.covs, full.covs, strict=True):
+        torch.testing.assert_close(cov if len(cov) == len(known) else cov.mT @ cov, known)
     torch.testing.assert_close(short.mean, full.mean)
+
+
+def test_no_factor_with_weights_or_groups() -> None:
+    x = drawn(1, 8)
+    for groups, weights in ((1, torch.ones(1, dtype=x.dtype)), (2, None)):
+        blocks = Blocks.plan(8, Window(), groups, 8, "contiguous")
+        (cov,) = patch_moments(x, blocks, weights, factored=True).covs
+        assert tuple(cov.shape) == blocks.root_shapes[0]
 
 
 @pytest.mark.parametrize("paper", [False, True])
 @pytest.mark.parametrize("rows", [6, 40])
-def test_a_layer_of_few_rows_is_one_of_many(paper: bool, rows: int) -> None:
+@pytest.mark.parametrize("block_size", [512, 8])
+def test_a_layer_of_few_rows_is_one_of_many(paper: bool, rows: int, block_size: int) -> None:
     # Twice the same rows have the same mean and covariance, but are too many for the short way.
     config = WhiteningConfig.paper() if paper else WhiteningConfig(solver="newton_schulz")
-    layer = WhitenedLinear(12, 3, whitening=config.for_linear()).double()
+    layer = WhitenedLinear(12, 3, whitening=config.for_linear().replace(block_size=block_size)).double()
     x, target = drawn(rows, 12) + 1, drawn(rows, 3)
     results = []
     for times in (1, 4):

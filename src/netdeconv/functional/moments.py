@@ -16,14 +16,16 @@ __all__ = ["Moments", "patch_moments"]
 
 class Moments(NamedTuple):
     """Moments of patches: ``mean`` flat as ``blocks.mean_shape``, one covariance per part, the rows that were
-    looked at, and how many patches they stand for (a 0-dim tensor). In place of the covariance of few rows its
-    ``factor``: the centred rows divided by the root of their number."""
+    looked at, and how many patches they stand for (a 0-dim tensor).
+
+    In place of the covariance of few rows may stand a factor of it, ``cov = factor^T factor``: the centred rows divided
+    by the root of their number, fewer than features.
+    """
 
     mean: Tensor
     covs: tuple[Tensor, ...]
     rows: int
     total: Tensor
-    factor: Tensor | None = None
 
 
 def patch_moments(
@@ -42,7 +44,8 @@ def patch_moments(
         patches: flattened patches.
         blocks: how they are cut.
         weights: how many patches each row stands for; ``None`` for one each.
-        factored: a factor instead of the covariance; for a single block and without weights.
+        factored: factors instead of covariances for parts with at most half as many rows as features; not with
+            weights or groups.
 
     Source: Ye et al. 2020, algorithm 1, lines 3 and 4.
     """
@@ -53,10 +56,6 @@ def patch_moments(
     with torch.autocast(x.device.type, enabled=False):
         total = x.new_full((), rows) if weights is None else weights.sum().to(x.dtype)
         share = None if weights is None else weights.to(x.dtype) / total
-        if factored:
-            flat = x.flatten(1)
-            mean = flat.mean(0)
-            return Moments(mean, (), rows, total, (flat - mean) * rows**-0.5)
         if blocks.pool_mean:
             (part,) = blocks.split(x)
             mean = _mean(part.mean(2), share)
@@ -65,7 +64,10 @@ def patch_moments(
             mean = _mean(x, share)
             parts = blocks.split(x - mean)
         covs = tuple(
-            _covariance(part, share).reshape(shape) for part, shape in zip(parts, blocks.root_shapes, strict=True)
+            _factor(part)
+            if factored and share is None and _is_short(part)
+            else _covariance(part, share).reshape(shape)
+            for part, shape in zip(parts, blocks.root_shapes, strict=True)
         )
     return Moments(mean.flatten(), covs, rows, total)
 
@@ -73,6 +75,17 @@ def patch_moments(
 def _mean(x: Tensor, share: Tensor | None) -> Tensor:
     """(rows, groups, features) -> (groups, features)."""
     return x.mean(0) if share is None else (share @ x.flatten(1)).reshape(x.shape[1:])
+
+
+def _is_short(part: Tensor) -> bool:
+    rows, groups, count, size = part.shape
+    return groups == 1 and 2 * rows * count <= size
+
+
+def _factor(part: Tensor) -> Tensor:
+    """(rows, 1, blocks, features), centred -> (rows * blocks, features), whose square is the covariance."""
+    flat = part.flatten(0, 2)
+    return flat * len(flat) ** -0.5
 
 
 def _covariance(part: Tensor, share: Tensor | None) -> Tensor:

@@ -190,7 +190,7 @@ class Whitening(nn.Module):
         """Mean of this batch; root of this batch when due; remembered values in place of any that are not finite."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.differentiable):
             moments = self._moments(x if self.config.differentiable else x.detach(), due, again)
-            fresh = (moments.mean, *self._computed_roots(moments))
+            fresh = (moments.mean, *map(self._root_of, moments.covs))
             finite = torch.stack([value.isfinite().all() for value in fresh]).all()
             mean, *roots = (
                 torch.where(finite, value, running.to(value.dtype))
@@ -237,26 +237,18 @@ class Whitening(nn.Module):
         return spread_patches(x, self.window, sampling_stride=wanted, max_samples=max_samples, turn=turn)
 
     def _moments_of(self, sample: Sample) -> Moments:
-        """With a factor instead of the covariance where an iteration is shorter on the rows."""
-        short = self.blocks.single and sample.weights is None and 2 * len(sample.rows) <= self.blocks.group_features
+        """With factors instead of covariances where an iteration is shorter on the rows."""
         alone = not (self.config.sync and distributed(self.process_group))
-        factored = short and alone and self.config.solver != "eigh"
+        factored = alone and self.config.solver != "eigh"
         return patch_moments(sample.rows, self.blocks, sample.weights, factored=factored)
 
-    def _computed_roots(self, moments: Moments) -> list[Tensor]:
-        eps, num_iters = self.config.eps, self.config.num_iters
-        if moments.factor is not None:
-            return [
-                inverse_sqrt_of_rows(moments.factor, eps=eps, num_iters=num_iters, solver=self.config.solver)
-            ]
-        return [
-            inverse_sqrt(
-                cov + eps * torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device),
-                num_iters=num_iters,
-                solver=self.config.solver,
-            )
-            for cov in moments.covs
-        ]
+    def _root_of(self, cov: Tensor) -> Tensor:
+        """The root of a covariance, or of the one that a factor stands for."""
+        options: dict[str, Any] = {"num_iters": self.config.num_iters, "solver": self.config.solver}
+        if cov.shape[-2] < cov.shape[-1]:
+            return inverse_sqrt_of_rows(cov, eps=self.config.eps, **options)
+        eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+        return inverse_sqrt(cov + self.config.eps * eye, **options)
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, roots: list[Tensor], finite: Tensor) -> None:
