@@ -124,6 +124,22 @@ def test_segmentation_on_a_generated_tree(tmp_path: Path, capsys: pytest.Capture
     assert {"train/loss", "validation/loss", "validation/pixel_accuracy"} <= set(row)
 
 
+def test_cifar_100_and_imagenet_on_generated_trees(tmp_path: Path) -> None:
+    data_trees.cifar(tmp_path, classes=100)
+    data_trees.image_folder(tmp_path / "imagenet", classes=2)
+    trees = {
+        "cifar100-1-epoch": ["--network=vgg11", "--width=0.0625"],
+        "imagenet-90-epochs": ["--data.num_workers=0", "--data.image_size=32", "--data.resize=36"],
+    }
+    for recipe, options in trees.items():
+        out = tmp_path / recipe
+        shared = ["--data.batch_size=4", "--trainer.max_epochs=1", "--trainer.accelerator=cpu", f"--out={out}"]
+        assert cli.main(["fit", f"--config={recipe}", f"--data.root={tmp_path}", *shared, *options]) == 0
+        (row,) = rows(out)
+        (measure,) = [name for name in row if name.endswith("/accuracy") and not name.startswith("train")]
+        assert 0 <= row[measure] <= 1
+
+
 def test_help_shows_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["fit", "--help"]) == 0
     shown = capsys.readouterr().out

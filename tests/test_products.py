@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from netdeconv import WhitenedConv2d, WhiteningConfig
 from netdeconv.functional import products
@@ -48,6 +49,21 @@ def test_what_only_looks_like_it_is_multiplied_whole() -> None:
     torch.testing.assert_close(times_root(rows, root, TAPS), rows @ root, rtol=ROUNDING, atol=ROUNDING)
 
 
+def test_a_channel_that_never_varies_is_not_taken_for_all() -> None:
+    root = root_of(5, list(range(TAPS)))
+    root[:TAPS, TAPS:] = root[TAPS:, :TAPS] = 0
+    root[:TAPS, :TAPS] = torch.eye(TAPS)
+    assert features_mixed(root, TAPS) is None
+
+
+def test_a_zero_on_the_diagonal_does_not_hide_a_pair() -> None:
+    root = torch.eye(18, dtype=torch.float64)
+    root[9, 9] = 0
+    root[13, 4] = root[4, 13] = 1
+    rows = drawn(1, 300, 18)
+    torch.testing.assert_close(times_root(rows, root, TAPS), rows @ root, rtol=ROUNDING, atol=ROUNDING)
+
+
 def test_nothing_is_looked_for_where_nothing_can_be_gained() -> None:
     root = root_of(5, SEEN)
     assert features_mixed(root_of(5, list(range(TAPS))), TAPS) is None
@@ -79,3 +95,25 @@ def test_a_layer_on_a_tiny_map_has_the_same_gradient(
         results.append([y, layer.weight.grad, layer.bias.grad])
     assert {None if mixed is None else len(mixed) // config.block_size for mixed in looked} == {expected}
     torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-11)
+
+
+def test_backward_inside_autocast_is_that_outside() -> None:
+    layer, x = WhitenedConv2d(8, 300, 3, padding=1), drawn(16, 8, 2, 2).float()
+    grads = []
+    for inside in (False, True):
+        layer.whitening.reset_statistics()
+        layer.zero_grad()
+        loss = layer(x).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            loss.backward()
+        assert layer.weight.grad is not None
+        grads.append(layer.weight.grad)
+    error = float((grads[1] - grads[0]).norm() / grads[0].norm())
+    assert error < 1e-2  # autocast reaches the convolution's own backward, in bfloat16, but not the folding
+
+
+def test_a_tracer_gets_the_plain_product() -> None:
+    root, rows = root_of(5, SEEN), drawn(1, 300, 5 * TAPS)
+    graph = make_fx(lambda rows, root: times_root(rows, root, TAPS))(rows, root)
+    torch.testing.assert_close(graph(rows, root), rows @ root)
+    assert any(node.target == torch.ops.aten.mm.default or "bmm" in str(node.target) for node in graph.graph.nodes)

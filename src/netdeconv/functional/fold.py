@@ -94,6 +94,11 @@ class _Fold(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_folded: Tensor, grad_shift: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad_folded.device.type, enabled=False):  # somebody may call backward inside of one
+            return _Fold._gradients(ctx, grad_folded, grad_shift)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad_folded: Tensor, grad_shift: Tensor) -> tuple[Tensor | None, ...]:
         blocks: Blocks = ctx.blocks
         _, for_weight, for_mean, *for_roots = ctx.needs_input_grad
         mean, *kept = ctx.saved_tensors

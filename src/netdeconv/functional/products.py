@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +16,7 @@ _WORTH_LOOKING = 256  # rows of weights, below which the product costs no more t
 
 
 def times_root(rows: Tensor, root: Tensor, taps: int) -> Tensor:
-    """``rows @ root``, exactly.
+    """``rows @ root``, up to rounding, for finite rows and a symmetric root.
 
     On a map smaller than the kernel some taps only ever see padding in the patches that were looked at: a 3x3 kernel
     on a 2x2 map, looked at from its corner, has 5 of 9. They do not vary, so that the root has nothing but its
@@ -35,18 +36,18 @@ def times_root(rows: Tensor, root: Tensor, taps: int) -> Tensor:
 def features_mixed(root: Tensor, taps: int) -> Tensor | None:
     """Indices of the features that a root mixes; ``None`` where there is nothing to gain, or no looking.
 
-    To look at a root's values means to wait for a GPU; a compiler cannot; and a root with a gradient has one at its
-    zeros, too.
+    To look at a root's values means to wait for a GPU; compilers and tracers cannot; and a root with a gradient has one
+    at its zeros, too.
     """
     plain = type(root) in (torch.Tensor, torch.nn.Parameter) and root.device.type == "cpu" and not root.requires_grad
-    if taps == 1 or root.dim() > 2 or not plain or torch.compiler.is_compiling():
-        return None
-    alone = root[:taps].count_nonzero(1) <= 1  # of the first channel: nearly always all there is to see
-    if not alone.any():
+    if taps == 1 or root.dim() > 2 or not plain or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return None
     channels = root.shape[0] // taps
-    nonzero = (root != 0).reshape(channels, taps, -1).sum((0, 2))
-    mixing = (nonzero > channels).nonzero().flatten()  # more than the diagonal
+    few = [root[channel * taps : (channel + 1) * taps] for channel in (0, channels // 2, channels - 1)]
+    if not (torch.stack(few).count_nonzero(-1) <= 1).all(0).any():
+        return None  # nearly always there is no more to see
+    off_diagonal = (root != 0).fill_diagonal_(False)
+    mixing = off_diagonal.reshape(channels, taps, -1).any(-1).any(0).nonzero().flatten()
     if len(mixing) > 0.75 * taps:
         return None
     start = torch.arange(channels, device=root.device).unsqueeze(1) * taps

@@ -9,7 +9,7 @@ __all__ = ["keep_freed_memory"]
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_NEVER = 2**31 - 1
+_NEVER = -1  # glibc's word for it; any number would be a limit in bytes
 
 
 def keep_freed_memory() -> bool:
