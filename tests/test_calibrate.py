@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -251,6 +252,26 @@ def test_a_head_that_only_training_runs_is_reached(passes: int) -> None:
         rows = torch.cat([alone.trunk.eval()(x) for x in batches()])
     torch.testing.assert_close(model.head.whitening.running_mean, rows.mean(0))
     assert model.training and model.head.whitening.num_updates == len(batches())
+
+
+class Once(list[Tensor]):
+    """Batches that count how often somebody begins to go through them."""
+
+    begun = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.begun += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_data_are_begun_only_to_be_gone_through(passes: int) -> None:
+    data = Once(batches())
+    netdeconv.calibrate(Headed().trunk, data, passes=passes)
+    assert data.begun == passes
+    data = Once(batches())
+    netdeconv.calibrate(Headed(), data, passes=passes)
+    assert data.begun == 2 * passes  # the head's search goes through them again
 
 
 def test_a_head_that_wants_labels_in_training_is_reported() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -158,6 +160,43 @@ def test_batch_normalisation_by_function_is_listed() -> None:
         netdeconv.convert(model)
     assert plan_conversion(model, exclude=ByFunction)["0"].asked
     assert not plan_conversion(CalledBatchNorm()).batch_norms_left
+
+
+class NotInstalled:
+    """A stand-in for a dependency that is not there: whoever asks it for anything is told so."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ImportError("pip install it")
+
+    def __call__(self, *args: Any) -> Any:
+        raise ImportError("pip install it")
+
+
+class OnDemand(types.ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        raise ImportError("pip install it")
+
+
+not_installed, on_demand = NotInstalled(), OnDemand("on_demand")
+
+
+class Optional(nn.Module):
+    """With branches that run only where a dependency is installed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fast = nn.Conv2d(3, 3, 1), 0
+
+    def forward(self, x: Tensor) -> Any:
+        if self.fast == 1:
+            return not_installed.ops.conv(x, self.conv)
+        if self.fast == 2:
+            return on_demand.conv(x, self.conv)
+        return not_installed(x, self.conv) if self.fast == 3 else self.conv(x)
+
+
+def test_dependencies_that_are_not_there_are_not_asked_for() -> None:
+    assert plan_conversion(Optional())["conv"].action is Action.WHITEN
 
 
 def test_attention_of_torch_is_left() -> None:

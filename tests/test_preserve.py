@@ -189,14 +189,18 @@ class Auxiliary(nn.Module):
         self.how = how
         self.main, self.aux = ConvNormAct(3), ConvNormAct(3)
         self.drop, self.norm = nn.Dropout(), nn.BatchNorm2d(3)
+        self.register_buffer("wide", torch.ones(1, 4).expand(3, 4))  # cannot be written to
         self.register_buffer("seen", torch.zeros(()))
+        self.register_buffer("kept", torch.zeros(()))
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         y = self.norm(self.drop(self.main(x)))
         if self.how == "never":
             return y
         if self.training:
+            self.kept.data.add_(1)  # which torch does not count as a change
             self.seen += 1
+            self.wide = self.wide + 1
             self.seen = self.seen + 1
             if self.how == "labels" and labels is None:
                 raise ValueError("no labels")
@@ -210,7 +214,8 @@ def test_heads_that_only_training_runs_are_preserved_too() -> None:
     seen: list[Tensor] = []
     converted = netdeconv.convert(model, preserve=x)  # warnings are errors here
     assert type(converted.aux.conv) is WhitenedConv2d and type(converted.aux.norm) is nn.Identity
-    assert not any(module.training for module in converted.modules()) and converted.seen == 0
+    assert not any(module.training for module in converted.modules()) and converted.seen == converted.kept == 0
+    assert torch.equal(converted.wide, torch.ones(3, 4))
     # The statistics are those of what the head sees behind a trunk in evaluation.
     converted.aux.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     for net in (model, converted):
@@ -230,7 +235,8 @@ def test_layers_that_the_data_never_reach_stay_plain(how: str) -> None:
     assert type(converted.aux.norm) is ChannelAffine
     torch.testing.assert_close(converted.aux(x), model.aux(x))
     assert type(converted.main.conv) is WhitenedConv2d and type(converted.main.norm) is nn.Identity
-    assert not any(module.training for module in converted.modules()) and converted.seen == 0
+    assert not any(module.training for module in converted.modules()) and converted.seen == converted.kept == 0
+    assert torch.equal(converted.wide, torch.ones(3, 4))
     converted.train()(x, x).sum().backward()
 
 

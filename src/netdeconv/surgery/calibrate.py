@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -55,7 +55,7 @@ def calibrate(
         raise ConfigError("calibrate: expected a model with whitened layers, got one without. Convert it first.")
     if passes < 1:
         raise ConfigError(f"calibrate: expected passes >= 1, got {passes}.")
-    if passes > 1 and iter(data) is data:
+    if passes > 1 and isinstance(data, Iterator):
         raise ConfigError(f"calibrate: expected data that can be gone through {passes} times, got an iterator.")
     before = {name: value.clone() for name, value in model.state_dict().items() if ".whitening." in f".{name}"}
     try:
@@ -73,7 +73,7 @@ def _one_pass(model: nn.Module, layers: dict[nn.Module, Whitening], data: Any, c
     missed = _remember_all(gathered)
     if not missed:
         return
-    if iter(data) is not data:
+    if not isinstance(data, Iterator):  # calling iter() would start the workers of a data loader
         missed = _reach_in_training(model, missed, data, call, own)
     if missed:
         labels = [whitening.label for whitening in missed.values()]
@@ -88,13 +88,13 @@ def _reach_in_training(
     model: nn.Module, layers: dict[nn.Module, Whitening], data: Any, call: Any, own: bool
 ) -> dict[nn.Module, Whitening]:
     """Gather for these layers in the branches of training; returns those that the data do not reach there either."""
-    try:
-        with training_branches(model):
+    with training_branches(model):
+        try:
             gathered = _gather(model, layers, data, call, own)
-    except NumericalError:
-        raise
-    except Exception:  # whatever a forward wants in training, such as labels
-        return layers
+        except NumericalError:
+            raise
+        except Exception:  # whatever a forward wants in training, such as labels
+            return layers
     return _remember_all(gathered)
 
 

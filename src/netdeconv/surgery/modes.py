@@ -6,7 +6,8 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from netdeconv.surgery.recognise import is_layer, is_like_batch_norm
 
@@ -40,7 +41,7 @@ def training_branches(model: nn.Module) -> Iterator[None]:
         (module._buffers, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
-        if buffer is not None
+        if buffer is not None and not is_lazy(buffer)
     ]
     told = [
         module
@@ -56,8 +57,17 @@ def training_branches(model: nn.Module) -> Iterator[None]:
         for module in told:
             module.training = False
         for buffers, name, buffer, value in held:
-            buffer.copy_(value)
+            _write_back(buffer, value)
             buffers[name] = buffer
+
+
+def _write_back(buffer: Tensor, value: Tensor) -> None:
+    """Copy where something changed; writes through ``.data`` do not count as a version, so values are compared."""
+    with contextlib.suppress(RuntimeError):  # no comparison for this kind of tensor: copy
+        if torch.equal(buffer, value):
+            return
+    with contextlib.suppress(RuntimeError):  # what cannot be written to, such as an expanded tensor
+        buffer.copy_(value)
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ def observe(
                 seen.append((batch, output))
     missed = _gatherers({layer: whitenings[layer] for layer in gatherers if not gatherers[layer].total})
     if missed:
-        with contextlib.suppress(Exception), training_branches(model), reads, _gathering(missed):
+        with training_branches(model), contextlib.suppress(Exception), reads, _gathering(missed):
             for batch, _ in seen:
                 _run(model, batch, call, watch)
             gatherers |= missed

@@ -69,9 +69,12 @@ def _functions_of(kind: Any) -> tuple[Method, ...]:
 
 def function_of(value: Any) -> Any:
     """The Python function behind a method or a property; ``None`` for anything else."""
-    function: Any = value.fget if isinstance(value, property) else value
-    function = inspect.unwrap(function)
-    return function if inspect.isfunction(function) else None
+    try:
+        function: Any = value.fget if isinstance(value, property) else value
+        function = inspect.unwrap(function)
+        return function if inspect.isfunction(function) else None
+    except Exception:  # an object that raises on being asked, such as the stand-in of a dependency that is not there
+        return None
 
 
 @functools.lru_cache(maxsize=4096)

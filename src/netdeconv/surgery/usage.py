@@ -8,8 +8,10 @@ this search does not see are found when the model first runs, by :mod:`netdeconv
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import inspect
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,7 +61,8 @@ def normalises_by_function(module: nn.Module) -> str | None:
     """The method of a module that calls torch's function ``batch_norm``, on statistics that no child keeps."""
     for method in forward_functions(module):
         for node in method.nodes:
-            if isinstance(node, ast.Call) and _named(node.func, method.function.__globals__) in _BATCH_NORM:
+            called = _named(node.func, method.function.__globals__) if isinstance(node, ast.Call) else None
+            if any(called is function for function in _BATCH_NORM):
                 names = bound_names(method, module)
                 given = (*node.args, *(word.value for word in node.keywords))
                 owners = [
@@ -74,10 +77,17 @@ def normalises_by_function(module: nn.Module) -> str | None:
 
 
 def _named(node: ast.expr, known: dict[str, Any]) -> Any:
-    """What a dotted name stands for among a function's globals; ``None`` for anything else."""
+    """What a name among a function's globals stands for, or a dotted one through modules; else ``None``.
+
+    Other objects are not asked for attributes: properties run code, and those of a dependency that is not there raise.
+    """
     if isinstance(node, ast.Name):
         return known.get(node.id)
-    return getattr(_named(node.value, known), node.attr, None) if isinstance(node, ast.Attribute) else None
+    owner = _named(node.value, known) if isinstance(node, ast.Attribute) else None
+    if isinstance(node, ast.Attribute) and issubclass(type(owner), types.ModuleType):
+        with contextlib.suppress(Exception):  # of modules that import on demand
+            return getattr(owner, node.attr, None)
+    return None
 
 
 def _reads(method: Method, names: Names, depth: int) -> Iterator[tuple[nn.Module, str]]:
@@ -123,10 +133,9 @@ def _callees(func: ast.expr, caller: Method, names: Names) -> Iterator[tuple[Any
     if function is not None:
         yield function, None
     if isinstance(func, ast.Attribute):
-        if isinstance(func.value, ast.Name) and inspect.ismodule(known.get(func.value.id)):
-            function = function_of(getattr(known[func.value.id], func.attr, None))
-            if function is not None:
-                yield function, None
+        function = function_of(_named(func, known)) if isinstance(func.value, ast.Name) else None
+        if function is not None:
+            yield function, None
         for owner in modules_meant(func.value, names):
             static = isinstance(inspect.getattr_static(type(owner), func.attr, None), staticmethod)
             function = function_of(getattr(type(owner), func.attr, None))
