@@ -123,15 +123,16 @@ def present(result: Mapping[str, Any]) -> Presentation:
     rows = []
     for layer in layers:
         flops = layer["flops"]
-        cells = [f"{layer['name']} ({layer['count']}x)", f"{flops['convolution'] / 1e9:.3g}"]
+        times = f", {layer['count']} times" if layer["count"] > 1 else ""
+        cells = [f"{layer['name']}{times}", f"{flops['convolution'] / 1e9:.3g}"]
         for method in _METHODS:
-            cells += [f"{100 * flops[method][part] / flops['convolution']:.3g}" for part in _PARTS]
-        cells.append(f"{1000 * layer['seconds']['plain']:.3g}")
+            cells += [f"{100 * flops[method][part] / flops['convolution']:.2g}" for part in _PARTS]
+        cells.append(_ms(layer["seconds"]["plain"]))
         cells += [f"{layer['to_plain'][name]['value']:.2f}" for name in ("batchnorm", "default", "paper")]
         rows.append(cells)
     cells = ["all layers", f"{sum(one['flops']['convolution'] * one['count'] for one in layers) / 1e9:.3g}"]
-    cells += [f"{100 * _total(layers, method, part):.3g}" for method in _METHODS for part in _PARTS]
-    cells.append(f"{1000 * sum(one['seconds']['plain'] * one['count'] for one in layers):.3g}")
+    cells += [f"{100 * _total(layers, method, part):.2g}" for method in _METHODS for part in _PARTS]
+    cells.append(_ms(sum(one["seconds"]["plain"] * one["count"] for one in layers)))
     rows.append(cells + [f"{_time(layers, name):.2f}" for name in ("batchnorm", "default", "paper")])
     columns = ["convolution", "GFLOP"]
     columns += [f"{name}: {part} %" for name in _METHODS.values() for part in _PARTS]
@@ -159,6 +160,10 @@ def present(result: Mapping[str, Any]) -> Presentation:
         lambda figure: _draw(figure, layers),
     )
     return Presentation(_verdict(layers), [cost, others], [picture])
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.0f}" if seconds >= 0.1 else f"{1000 * seconds:.2g}"
 
 
 def _range(ratio: tuple[float, float]) -> str:

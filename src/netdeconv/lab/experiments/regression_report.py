@@ -144,6 +144,7 @@ def _draw_losses(figure: Figure, result: Mapping[str, Any]) -> None:
         axes.plot(range(len(losses)), excess, label=name, markevery=marked, markersize=4, linewidth=1.4, **style)
     axes.axhline(_NEAR, color="0.4", linewidth=0.9, linestyle=":")
     axes.set_xscale("symlog", linthresh=1)
+    axes.set_xlim(0, None)
     axes.set(yscale="log", xlabel="iteration", ylabel="loss / optimum - 1", ylim=(1e-7, None))
     axes.legend(fontsize=8, frameon=False)
     tidy(axes)

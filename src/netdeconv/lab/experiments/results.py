@@ -130,9 +130,11 @@ def draw(outcome: Outcome) -> list[Path]:
 def setting_line(record: Mapping[str, Any]) -> str:
     """How the numbers came about: command, machine, time."""
     place, found = record["machine"], record["versions"]
+    load = (place.get("load_average") or [0])[0]
+    busy = f" (load {load:.1f} at the start: other work ran beside)" if load > place["threads"] + 0.5 else ""
     line = (
-        f"{record['command']}; {place['processor']}, {place['threads']} of {place['cores']} cores, "
-        f"torch {found['torch']}; {record['minutes']:.1f} minutes; code {record['code']}, {record['finished'][:10]}."
+        f"{record['command']}; {place['processor']}, {place['threads']} of {place['cores']} cores, torch "
+        f"{found['torch']}; {record['minutes']:.1f} minutes{busy}; code {record['code']}, {record['finished'][:10]}."
     )
     return line if record["complete"] else f"{line} Not finished: these are the parts that are."
 
