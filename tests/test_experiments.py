@@ -124,6 +124,8 @@ def test_mlp_says_what_its_numbers_say() -> None:
     assert found.verdict == (
         "scikit-learn's digits: network deconvolution is 5.0 points ahead of BatchNorm at its best rate (one seed)."
     )
+    edge = shown("mlp", [run_of("bn", 0.1, 0.8), run_of("bn", 0.5, 0.9), run_of("nd", 0.1, 0.85)]).verdict
+    assert edge.endswith("The best rate is the highest tried, 0.5, for BatchNorm.")
     assert [row[:4] for row in found.tables[0].rows] == [
         ["scikit-learn's digits, BatchNorm", "0.1", "40.0 %", "80.0 %"],
         ["scikit-learn's digits, ND", "0.1", "42.5 %", "85.0 %"],

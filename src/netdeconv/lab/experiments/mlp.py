@@ -98,6 +98,10 @@ def present(result: Mapping[str, Any]) -> Presentation:
             for norm in best
             if norm != "nd" and "nd" in best
         ]
+        edge = max(run["rate"] for run in result["runs"])
+        highest = [NAMES[norm] for norm, runs in best.items() if runs[0]["rate"] == edge]
+        if highest:
+            sentences.append(f"The best rate is the highest tried, {edge:g}, for {', '.join(highest)}.")
     first = result["runs"][0]
     columns = ["data, norm", "best rate", "accuracy, epoch 1", "at the end", "loss, epoch 1", "at the end", "all rates"]
     note = (
