@@ -225,6 +225,38 @@ def test_heads_that_only_training_runs_are_preserved_too() -> None:
     torch.testing.assert_close(converted.aux.conv.whitening.running_mean, mean)
 
 
+class NormalisedByFunction(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 1)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(self.conv(x), self.mean, self.var, training=self.training)
+
+
+class Behind(nn.Module):
+    """A head in training only, behind attention with dropout and a norm that are modules around others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 1, dropout=0.9, batch_first=True)
+        self.norm, self.head = NormalisedByFunction(), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.attention(x, x, x)[0].mT).mT
+        return self.head(x) if self.training else x
+
+
+def test_attention_and_norms_by_function_before_such_heads_stay_in_evaluation() -> None:
+    model, x = trained(Behind()), torch.randn(5, 3, 4, dtype=torch.float64) + 1
+    with pytest.warns(UserWarning, match="1 batch norms are left: norm"):
+        converted = netdeconv.convert(model, preserve=x)
+    assert type(converted.head) is WhitenedLinear
+    torch.testing.assert_close(converted.head.whitening.running_mean, model(x).mean((0, 1)))
+
+
 @pytest.mark.parametrize("how", ["labels", "never"])
 def test_layers_that_the_data_never_reach_stay_plain(how: str) -> None:
     model = randomise_statistics(Auxiliary(how)).eval()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from netdeconv.surgery.recognise import is_layer, is_like_batch_norm
+from netdeconv.surgery.usage import normalises_by_function
 
 __all__ = ["evaluating", "fork_rng", "training_branches"]
 
@@ -34,8 +35,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def training_branches(model: nn.Module) -> Iterator[None]:
     """Let a model in evaluation mode take the branches of its training, such as auxiliary heads.
 
-    Only modules around others are told that they are in training, as it is they who choose a branch: layers,
-    normalisations and dropout go on as in evaluation. What buffers held before, they hold afterwards.
+    Only modules around others are told that they are in training, as it is they who choose a branch. The modules that
+    compute go on as in evaluation: layers, normalisations, dropout, torch's attention, and those that call the function
+    ``batch_norm`` on statistics of their own. One that calls the function ``dropout`` with its own flag drops.
+    What buffers held before, they hold afterwards.
     """
     held = [
         (module._buffers, name, buffer, buffer.clone())
@@ -46,8 +49,7 @@ def training_branches(model: nn.Module) -> Iterator[None]:
     told = [
         module
         for module in model.modules()
-        if any(True for _ in module.children())
-        and not (module.training or is_layer(module) or is_like_batch_norm(module))
+        if any(True for _ in module.children()) and not (module.training or _computes(module))
     ]
     for module in told:
         module.training = True
@@ -59,6 +61,13 @@ def training_branches(model: nn.Module) -> Iterator[None]:
         for buffers, name, buffer, value in held:
             _write_back(buffer, value)
             buffers[name] = buffer
+
+
+def _computes(module: nn.Module) -> bool:
+    """Whether this module, though it may hold others, is itself what behaves otherwise in training."""
+    if is_layer(module) or is_like_batch_norm(module) or isinstance(module, nn.MultiheadAttention):
+        return True
+    return normalises_by_function(module) is not None
 
 
 def _write_back(buffer: Tensor, value: Tensor) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import inspect
 import textwrap
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -27,18 +28,38 @@ __all__ = [
 Names: TypeAlias = dict[str, list[Any]]  # of modules, and of lists, tuples and mappings of modules
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+# Looking at these says nothing about the numbers.
+_HARMLESS = {"device", "dtype", "shape", "size", "dim", "ndim", "numel", "is_cuda", "requires_grad"}
+_ASKING = {"isinstance", "hasattr", "len", "type"}
 _DEEPEST = 4  # calls of methods in methods
 _NAMED_MEMBERS = {"items", "named_children", "named_modules"}
 _MEMBERS = {"children", "modules", "values", *_NAMED_MEMBERS}
 _PASSING_ON = {"enumerate", "filter", "iter", "list", "map", "reversed", "set", "sorted", "tuple", "zip"}
 
 
-class Method(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
     """A function, its syntax tree, and all nodes of the tree in the order of ``ast.walk``."""
 
     tree: ast.FunctionDef
     function: Any
     nodes: tuple[Any, ...]
+
+    @functools.cached_property
+    def harmless(self) -> frozenset[ast.AST]:
+        """Reads that only ask for dtype or shape, or whether there is a tensor at all; and what is written to."""
+        found: set[ast.AST] = set()
+        for node in self.nodes:
+            if isinstance(node, ast.Attribute):
+                if node.attr in _HARMLESS:
+                    found |= set(ast.walk(node.value))
+                if not isinstance(node.ctx, ast.Load):
+                    found.add(node)
+            elif isinstance(node, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
+                found |= set(ast.walk(node.left))
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ASKING:
+                found |= set(ast.walk(node))
+        return frozenset(found)
 
 
 def forward_functions(module: nn.Module) -> tuple[Method, ...]:

@@ -39,15 +39,15 @@ def survey(
             entries[module] = dataclasses.replace(entry, why="part of the module above")
             continue
         rule = None if module in rewritten else rule_for(module, rules)
-        entry = _decide(entry, module, rule is not None, selection, read)
+        concerned = rule is not None or is_like_batch_norm(module) or is_layer(module)  # by itself, not for its parts
+        entry = _decide(entry, module, rule is not None, concerned, selection, read)
         if rewritten.get(module) is False:
             entry = dataclasses.replace(entry, action=Action.LEAVE, why="left by its rule", asked=True)
         if rule is not None and entry.action is Action.REWRITE:
             entry = dataclasses.replace(entry, why=rule[1])
         if module in left and (entry.norm or is_quantised(module)) and entry.action in (Action.REMOVE, Action.WHITEN):
             entry = _left_with(entry, f"inside {left[module].path}, which is left", left[module])
-        concerned = module in rewritten or _is_concerned(module, rule is not None)
-        if entry.action is Action.LEAVE and concerned:
+        if entry.action is Action.LEAVE and (concerned or module in rewritten):
             left |= dict.fromkeys(set(module.modules()) - {module} - set(left), entry)
         elif entry.action in (Action.WHITEN, Action.REMOVE, Action.REWRITE):
             hidden |= set(module.modules())
@@ -89,14 +89,16 @@ def _places(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...], nn.Module]
         yield first, tuple(others), module
 
 
-def _decide(entry: Entry, module: nn.Module, ruled: bool, selection: Selection, read: Mapping[Any, str]) -> Entry:
-    """The entry of one module, filled in."""
+def _decide(
+    entry: Entry, module: nn.Module, ruled: bool, concerned: bool, selection: Selection, read: Mapping[Any, str]
+) -> Entry:
+    """The entry of one module, filled in; ``concerned`` where there is something to decide about it as a whole."""
     if isinstance(module, (WhitenedLayer, ChannelWhitening, Whitening)):
         return dataclasses.replace(entry, why="whitened already")
     norm = is_like_batch_norm(module)
     unwanted = selection.why_not(entry.path, module)  # also asked of containers: every pattern has to match once
-    function = None if _is_concerned(module, ruled) else normalises_by_function(module)
-    if function is None and not _is_concerned(module, ruled):
+    function = None if concerned else normalises_by_function(module)
+    if function is None and not concerned:
         return dataclasses.replace(entry, why=_why_kept(module))
     entry = dataclasses.replace(entry, norm=norm or function is not None)
     if unwanted is not None:
@@ -120,11 +122,6 @@ def _decide(entry: Entry, module: nn.Module, ruled: bool, selection: Selection, 
         return dataclasses.replace(entry, action=Action.LEAVE, why=reason)
     why = "linear layer" if isinstance(module, nn.Linear) else "convolution"
     return dataclasses.replace(entry, action=Action.WHITEN, why=why)
-
-
-def _is_concerned(module: nn.Module, ruled: bool) -> bool:
-    """Whether there is something to decide about this module as a whole."""
-    return ruled or is_like_batch_norm(module) or is_layer(module)
 
 
 def _why_kept(module: nn.Module) -> str:

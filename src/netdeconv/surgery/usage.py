@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import functools
 import inspect
 import types
 from collections.abc import Iterator
@@ -34,9 +33,6 @@ __all__ = ["normalises_by_function", "read_by_others"]
 
 _READ = {"weight", "bias", "running_mean", "running_var", "_conv_forward"}
 _READ_OF_LAYERS = {"parameters", "named_parameters", "_parameters", "get_parameter", "state_dict"}
-# Looking at these says nothing about the numbers.
-_HARMLESS = {"device", "dtype", "shape", "size", "dim", "ndim", "numel", "is_cuda", "requires_grad"}
-_ASKING = {"isinstance", "hasattr", "len", "type"}
 _DEEPEST = 3  # helper functions that call helper functions
 _BATCH_NORM: tuple[Any, ...] = (torch.nn.functional.batch_norm, torch.batch_norm)
 
@@ -92,9 +88,8 @@ def _named(node: ast.expr, known: dict[str, Any]) -> Any:
 
 def _reads(method: Method, names: Names, depth: int) -> Iterator[tuple[nn.Module, str]]:
     """Modules whose weight, bias or statistics this function reads, or one that it hands them to; and which of them."""
-    harmless = _harmless(method)
     for node in method.nodes:
-        if node in harmless:
+        if node in method.harmless:
             continue
         if isinstance(node, ast.Attribute) and node.attr in _READ:
             yield from ((child, node.attr) for child in modules_meant(node.value, names))
@@ -141,20 +136,3 @@ def _callees(func: ast.expr, caller: Method, names: Names) -> Iterator[tuple[Any
             function = function_of(getattr(type(owner), func.attr, None))
             if function is not None and not hasattr(nn.Module, func.attr):
                 yield function, None if static else owner
-
-
-@functools.lru_cache(maxsize=4096)
-def _harmless(method: Method) -> frozenset[ast.AST]:
-    """Reads that only ask for dtype or shape, or whether there is a tensor at all; and what is written to."""
-    found: set[ast.AST] = set()
-    for node in method.nodes:
-        if isinstance(node, ast.Attribute):
-            if node.attr in _HARMLESS:
-                found |= set(ast.walk(node.value))
-            if not isinstance(node.ctx, ast.Load):
-                found.add(node)
-        elif isinstance(node, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
-            found |= set(ast.walk(node.left))
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ASKING:
-            found |= set(ast.walk(node))
-    return frozenset(found)
