@@ -115,6 +115,7 @@ def test_minutes_are_those_of_all_parts_whenever_they_ran(tmp_path: Path, monkey
 
 def test_report_writes_tables_pictures_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "all", "--size", "smoke", "--out", str(tmp_path), "--quiet"]) == 0
+    assert json.loads((tmp_path / "squares" / "result.json").read_text())["machine"]["threads"] == 1
     picture = tmp_path / "squares" / "squares.png"
     picture.unlink()
     assert main(["report", str(tmp_path)]) == 0

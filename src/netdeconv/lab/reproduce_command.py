@@ -19,6 +19,7 @@ __all__ = ["report", "report_arguments", "reproduce"]
 
 _OUT = Path("runs/reproduce")
 _INTERRUPTED = 130
+_THREADS = "threads to compute with (default: 1 for smoke, otherwise torch's choice)"
 
 
 def reproduce(arguments: Sequence[str], parser_class: type[argparse.ArgumentParser]) -> int:
@@ -68,7 +69,7 @@ def _parser(named: str | None, parser_class: type[argparse.ArgumentParser]) -> a
         help="smoke: seconds, without data sets; small: for two cores; paper: as published (default: small)",
     )
     parser.add_argument("--out", type=Path, default=_OUT, metavar="DIR", help=f"run folder (default: {_OUT})")
-    parser.add_argument("--threads", type=int, metavar="N", help="threads to compute with (default: torch's choice)")
+    parser.add_argument("--threads", type=int, metavar="N", help=_THREADS)
     parser.add_argument("--quiet", action="store_true", help="no progress, only the tables")
     if named is not None:
         group = parser.add_argument_group(f"options of {named}", "Defaults are those of --size small.")
@@ -106,7 +107,8 @@ def _shown(args: argparse.Namespace, experiment: Experiment, settings: Any, chan
             args.out,
             command=command,
             size=args.size,
-            thread_count=args.threads,
+            # with networks as tiny as smoke's, threads wait for one another more than they compute
+            thread_count=1 if args.threads is None and args.size == "smoke" else args.threads,
             show=not args.quiet,
         )
     except KeyboardInterrupt:
