@@ -78,6 +78,8 @@ def test_a_missing_lab_extra_names_the_command(
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return real(name, *args, **kwargs)  # type: ignore[arg-type]
 
+    if "netdeconv.lab" in sys.modules:  # loading it again would change the attribute for tests to come
+        monkeypatch.setattr(sys.modules["netdeconv"], "lab", sys.modules["netdeconv.lab"])
     for loaded in [m for m in sys.modules if m.startswith("netdeconv.lab")]:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setattr(builtins, "__import__", without_lightning)
