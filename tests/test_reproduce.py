@@ -94,9 +94,9 @@ def test_finished_parts_are_kept_through_ctrl_c(tmp_path: Path, capsys: pytest.C
 
 
 def test_the_record_says_how_the_numbers_came_about(tmp_path: Path) -> None:
-    assert main(["reproduce", "squares", "--out", str(tmp_path), "--quiet", "--numbers", "3", "0.5", "--shout"]) == 0
+    assert main(["reproduce", "--quiet", "squares", "--out", str(tmp_path), "--numbers", "3", "0.5", "--shout"]) == 0
     record = json.loads((tmp_path / "squares" / "result.json").read_text())
-    assert record["command"] == "netdeconv reproduce squares --size small --numbers 3 0.5 --shout"
+    assert record["command"] == "netdeconv reproduce squares --size small --numbers 3.0 0.5 --shout"
     assert record["settings"] == {"numbers": [3.0, 0.5], "shout": True}
     assert record["complete"]
     assert record["result"]["squares"]["3"]["square"] == 9
@@ -127,6 +127,24 @@ def test_report_writes_tables_pictures_and_page(tmp_path: Path, capsys: pytest.C
     assert picture.exists()
     assert "Numbers have squares." in (tmp_path / "report.html").read_text()
     assert "results.md" in capsys.readouterr().out
+
+
+def test_the_recorded_command_has_all_digits(tmp_path: Path) -> None:
+    assert main(["reproduce", "squares", "--out", str(tmp_path), "--quiet", "--numbers", "0.123456789"]) == 0
+    record = json.loads((tmp_path / "squares" / "result.json").read_text())
+    assert record["command"].endswith("--numbers 0.123456789")
+
+
+def test_a_result_of_other_code_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "squares", "--out", str(tmp_path), "--quiet"]) == 0
+    file = tmp_path / "squares" / "result.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "result": {"roots": {}}}))
+    capsys.readouterr()
+    assert main(["report", str(tmp_path)]) == 2
+    complaint = capsys.readouterr().err
+    assert "Traceback" not in complaint
+    assert str(file) in complaint
+    assert "netdeconv reproduce squares --size small" in complaint
 
 
 @pytest.mark.parametrize(

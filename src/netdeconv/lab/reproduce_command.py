@@ -25,7 +25,7 @@ _THREADS = "threads to compute with (default: 1 for smoke, otherwise torch's cho
 def reproduce(arguments: Sequence[str], parser_class: type[argparse.ArgumentParser]) -> int:
     """Run one experiment, or all of them, and print their tables.
 
-    Only the experiment that is named is imported; the first word tells which options there are.
+    Only the experiment that is named is imported; its name tells which options there are.
 
     Args:
         arguments: those after ``reproduce``.
@@ -38,7 +38,7 @@ def reproduce(arguments: Sequence[str], parser_class: type[argparse.ArgumentPars
         ConfigError: data that are not there, or settings that cannot apply. With ``all`` the others are run first.
     """
     given = list(arguments)
-    named = given[0] if given and given[0] in EXPERIMENTS else None
+    named = next((word for word in given if word in EXPERIMENTS), None)
     parser = _parser(named, parser_class)
     try:
         args = parser.parse_args(given)
@@ -124,7 +124,7 @@ def _command(name: str, size: str, changes: dict[str, Any]) -> str:
     for key, value in changes.items():
         words.append(f"--{key.replace('_', '-')}")
         if not isinstance(value, bool):
-            words += [f"{one:g}" if isinstance(one, float) else str(one) for one in _several(value)]
+            words += map(str, _several(value))
     return " ".join(words)
 
 

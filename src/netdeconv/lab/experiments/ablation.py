@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from netdeconv import WhiteningConfig
 from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation, Workspace
-from netdeconv.lab.experiments.trials import CODE, Trial, accuracies, accuracy_cell, run_trials
+from netdeconv.lab.experiments.trials import CODE, Trial, accuracies, accuracy_cell, run_plan
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.report import Table
 
@@ -77,12 +77,7 @@ def run(settings: AblationSettings, workspace: Workspace) -> Mapping[str, Any]:
         for name in settings.vary:
             for value in _VARIATIONS[name][: settings.values]:
                 plan.append(dataclasses.replace(base, whitening=((name, value),), seed=seed))
-    workspace.progress.expect(len(plan))
-    found: list[dict[str, Any]] = []
-    for trial in plan:
-        found += run_trials([trial], workspace)
-        workspace.publish({"runs": found})
-    return {"runs": found}
+    return run_plan(plan, workspace)
 
 
 def _label(run: Mapping[str, Any]) -> tuple[str, Any]:

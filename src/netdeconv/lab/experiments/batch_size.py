@@ -18,7 +18,7 @@ from netdeconv.lab.experiments.trials import (
     accuracy_cell,
     best_rate,
     by_rate,
-    run_trials,
+    run_plan,
 )
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.report import Table
@@ -70,12 +70,7 @@ def run(settings: BatchSizeSettings, workspace: Workspace) -> Mapping[str, Any]:
         for rate in settings.rates
         for norm in settings.norms
     ]
-    workspace.progress.expect(len(plan))
-    found: list[dict[str, Any]] = []
-    for trial in plan:
-        found += run_trials([trial], workspace)
-        workspace.publish({"runs": found})
-    return {"runs": found}
+    return run_plan(plan, workspace)
 
 
 Cases = Mapping[tuple[int, str], list[Mapping[str, Any]]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,27 +50,22 @@ class Convolution:
 
     def plain(self, *, bias: bool = True) -> nn.Conv2d:
         """The layer with new weights."""
-        return nn.Conv2d(
-            self.channels,
-            self.outputs,
-            self.kernel,
-            self.stride,
-            self.padding,
-            groups=self.groups,
-            bias=bias,
-        )
+        return nn.Conv2d(**self._arguments, bias=bias)
 
     def whitened(self, config: WhiteningConfig) -> WhitenedConv2d:
         """The same, whitened."""
-        return WhitenedConv2d(
-            self.channels,
-            self.outputs,
-            self.kernel,
-            self.stride,
-            self.padding,
-            groups=self.groups,
-            whitening=config,
-        )
+        return WhitenedConv2d(**self._arguments, whitening=config)
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            "in_channels": self.channels,
+            "out_channels": self.outputs,
+            "kernel_size": self.kernel,
+            "stride": self.stride,
+            "padding": self.padding,
+            "groups": self.groups,
+        }
 
     def flops(self, batch: int) -> float:
         """Of its training step: forward, gradient of the input, gradient of the weight."""

@@ -21,15 +21,11 @@ from netdeconv import WhitenedLinear, WhiteningConfig
 from netdeconv.functional import inverse_sqrt
 from netdeconv.lab.data import create_data
 from netdeconv.lab.experiments.experiment import SIZES, Experiment, Workspace
-from netdeconv.lab.experiments.regression_report import INPUTS, present
+from netdeconv.lab.experiments.regression_report import INPUTS, LEAST_SQUARES_RATES, LOGISTIC_RATES, present
 from netdeconv.lab.options import check_fields, option
 
 __all__ = ["EXPERIMENT", "RegressionSettings", "descend", "iterations_to", "optimum", "quadratic", "transformed"]
 
-# Rates that are tried, times 1 / largest eigenvalue of G; gradient descent diverges from 2 on.
-_LEAST_SQUARES_RATES = (1.0, 1.5, 1.9, 1.99)
-# The same for the logistic loss of ten classes, whose curvature at the start is a tenth of G's.
-_LOGISTIC_RATES = (2.0, 5.0, 10.0, 15.0)
 _NEAR = 0.01  # of the closed-form optimum
 _SINGULAR = 1e-12  # share of the largest eigenvalue below which a direction has no variance but rounding
 
@@ -163,7 +159,7 @@ def _least_squares(settings: RegressionSettings) -> dict[str, Any]:
         problem = transformed(raw, centre, matrix)
         values = torch.linalg.eigvalsh(problem.gram)
         # Whitened input has a rate of its own, 1; the others get the best of a few.
-        scaled = [factor / float(values[-1]) for factor in _LEAST_SQUARES_RATES]
+        scaled = [factor / float(values[-1]) for factor in LEAST_SQUARES_RATES]
         rates = scaled if name in ("raw", "standardised") else [1.0]
         runs = [(descend(problem, rate, settings.iterations), rate) for rate in rates]
         losses, rate = min(runs, key=lambda run: run[0][-1])
@@ -200,7 +196,7 @@ def _logistic(settings: RegressionSettings, kind: str) -> dict[str, Any]:
     mean, matrix = _transforms(*_moments(quadratic(x, x[:, :1])), settings.eps)[kind]
     x, test = (_with_ones((part - mean) @ matrix).float() for part in (x, test))
     targets = F.one_hot(labels).float()
-    rates = torch.tensor(_LOGISTIC_RATES) / float(torch.linalg.eigvalsh(x.T @ x / len(x))[-1])
+    rates = torch.tensor(LOGISTIC_RATES) / float(torch.linalg.eigvalsh(x.T @ x / len(x))[-1])
     w = last = torch.zeros(x.shape[1], len(rates), targets.shape[1])
     history = []
     for _ in range(settings.logistic_iterations + 1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from netdeconv.lab.experiments.experiment import Picture, Presentation
@@ -11,7 +11,7 @@ from netdeconv.lab.report import Table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["INPUTS", "present"]
+__all__ = ["INPUTS", "LEAST_SQUARES_RATES", "LOGISTIC_RATES", "present"]
 
 INPUTS = {
     "raw": "raw, 0 to 1",
@@ -20,6 +20,10 @@ INPUTS = {
     "steps15": "whitened, 15 steps",
     "steps5": "whitened, 5 steps",
 }
+# Rates that are tried, times 1 / largest eigenvalue of G; gradient descent diverges from 2 on.
+LEAST_SQUARES_RATES = (1.0, 1.5, 1.9, 1.99)
+# The same for the logistic loss of ten classes, whose curvature at the start is a tenth of G's.
+LOGISTIC_RATES = (2.0, 5.0, 10.0, 15.0)
 _DATASETS = {"digits": "scikit-learn's digits", "mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
 _NEAR = 0.01
 
@@ -85,7 +89,8 @@ def _squares_table(result: Mapping[str, Any]) -> Table:
         f"{_DATASETS[result['settings']['dataset']]}, {result['images']} images of {result['pixels']} pixels, full "
         f"batch, one-hot targets, weights and bias from 0, float64. Optimum {result['optimum']:.5f}; the best constant "
         f"has {result['constant_model']:.5f}. The rate is 1 for whitened input, which is exact for G = I; for the "
-        f"others it is the best after {last} iterations of 1, 1.5, 1.9 and 1.99 over the largest eigenvalue of G. "
+        f"others it is the best after {last} iterations of {_listed(LEAST_SQUARES_RATES)} over the largest eigenvalue "
+        "of G. "
         f"Iterations to 1 % follow from the eigenvalues. The covariance's eigenvalues go from "
         f"{spectrum['smallest']:.2g} to {spectrum['largest']:.3g}; eps = {eps:g} is above {result['below_eps']} of "
         f"them, and {result['constant_pixels']} pixels are constant: eps keeps their gain finite, and a direction of "
@@ -108,11 +113,16 @@ def _logistic_table(result: Mapping[str, Any]) -> Table:
         for kind, name in INPUTS.items()
     ]
     note = (
-        "Full batch, weights and bias from 0 (loss 2.3026), float32; rate: best after the last iteration of 2, 5, 10 "
-        "and 15 over the largest eigenvalue of G."
+        "Full batch, weights and bias from 0 (loss 2.3026), float32; rate: best after the last iteration of "
+        f"{_listed(LOGISTIC_RATES)} over the largest eigenvalue of G."
     )
     columns = ["input", "rate", *(f"loss after {k}" for k in shown), f"test accuracy after {last}"]
     return Table(columns, rows, title="Logistic regression: cross entropy by iterations", note=note)
+
+
+def _listed(rates: Sequence[float]) -> str:
+    *first, last = (f"{rate:g}" for rate in rates)
+    return f"{', '.join(first)} and {last}"
 
 
 def _or_infinity(value: float | None) -> float:

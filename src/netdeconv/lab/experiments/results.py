@@ -90,7 +90,7 @@ def outcomes(out: Path) -> list[Outcome]:
     """Every experiment that has a result in the folder, in the order of the registry.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or one that other code has written.
     """
     found = [outcome for name in EXPERIMENTS if (outcome := _read(out / name)) is not None]
     if not found:
@@ -105,7 +105,13 @@ def _read(folder: Path) -> Outcome | None:
     record = read_json(folder / _RESULT)
     if not isinstance(record, dict) or record.get("experiment") not in EXPERIMENTS:
         return None
-    presentation = load(record["experiment"]).present(record["result"])
+    try:
+        presentation = load(record["experiment"]).present(record["result"])
+    except (KeyError, IndexError, TypeError) as error:
+        raise ConfigError(
+            f"{folder / _RESULT}: expected a result that this version of netdeconv can show, got one of other code "
+            f"({record.get('code')}): {error!r}. Run  {record.get('command')}  again, or remove the file"
+        ) from error
     if record.get("size") == "smoke":
         warning = "A trial run, too short to judge the claim by. "
         presentation = dataclasses.replace(presentation, verdict=warning + presentation.verdict)

@@ -30,6 +30,7 @@ __all__ = [
     "by_rate",
     "gap_sentence",
     "mean_curve",
+    "run_plan",
     "run_trials",
     "trials_with_seeds",
 ]
@@ -166,6 +167,17 @@ def run_trials(trials: Sequence[Trial], workspace: Workspace, data: DataSets | N
         )  # fmt: skip
         found.append({**settings, "whitening": dict(trial.whitening), **result})
     return found
+
+
+def run_plan(plan: Sequence[Trial], workspace: Workspace) -> dict[str, Any]:
+    """The result of an experiment that is nothing but its trials, published after every one of them."""
+    workspace.progress.expect(len(plan))
+    data = DataSets()
+    found: list[dict[str, Any]] = []
+    for trial in plan:
+        found += run_trials([trial], workspace, data)
+        workspace.publish({"runs": found})
+    return {"runs": found}
 
 
 def by_rate(entries: Iterable[Mapping[str, Any]]) -> dict[float, list[Mapping[str, Any]]]:
