@@ -73,13 +73,17 @@ def test_the_first_refreshes_by_hand() -> None:
     assert (int(whitening.num_steps), int(whitening.num_updates), int(whitening.last_update)) == (2, 2, 2)
 
 
-def average(values: list[float], momentum: float | None, debias: bool, start: float) -> float:
-    """The value of every step weighted by ``momentum * (1 - momentum)**age``, or all alike without a momentum."""
-    if momentum is None:
-        return sum(values) / len(values)
-    weights = [momentum * (1 - momentum) ** (len(values) - 1 - step) for step in range(len(values))]
+def average(
+    values: list[float], counts: list[float], momentum: float | None, debias: bool, start: float
+) -> float:
+    """Values that stand for so many steps each: the integral of ``(1 - momentum)**age`` over them, or of 1."""
+    ages = [sum(counts[i + 1 :]) for i in range(len(counts))]
+    weights = counts
+    if momentum is not None:
+        keep = 1 - momentum
+        weights = [keep**age - keep ** (age + count) for age, count in zip(ages, counts, strict=True)]
     seen = sum(weight * value for weight, value in zip(weights, values, strict=True))
-    return seen / sum(weights) if debias else seen + (1 - sum(weights)) * start
+    return seen / sum(weights) if debias or momentum is None else seen + (1 - sum(weights)) * start
 
 
 @pytest.mark.parametrize("update_every", [1, 4, 16])
@@ -88,17 +92,18 @@ def average(values: list[float], momentum: float | None, debias: bool, start: fl
 def test_averages_live_in_steps(update_every: int, momentum: float | None, debias: bool) -> None:
     whitening = one_feature(PLAIN.replace(update_every=update_every, momentum=momentum, debias=debias))
     means: list[float] = []
-    roots: list[float] = []  # every step counts with the root of the refresh that it waited for
+    roots: list[float] = []
+    counts: list[float] = []  # a root stands for itself and half of the steps without one before it
     waiting = 0
     for mean, deviation in batches(75):
         due = whitening.clock.due
         whitening(number(mean, deviation))
         means.append(mean)
-        waiting += 1
         if due:
-            roots += [1 / deviation] * waiting
-            waiting = 0
-        expected = average(means, momentum, debias, 0), average(roots, momentum, debias, 1)
+            roots.append(1 / deviation)
+            counts.append(1 + waiting / 2)
+        waiting = 0 if due else waiting + 1
+        expected = average(means, [1] * len(means), momentum, debias, 0), average(roots, counts, momentum, debias, 1)
         close(remembered(whitening), expected)
     assert (int(whitening.num_updates) < 75) == (update_every > 1)
 
@@ -255,9 +260,9 @@ def test_a_batch_that_is_not_finite_is_left_out_and_reported() -> None:
             mean, (root,) = whitening(number(poison, 2))
         close((float(mean), float(root)), (10, 1 / 2))
     assert (int(whitening.num_steps), int(whitening.num_updates), int(whitening.num_skipped)) == (4, 1, 3)
-    whitening(number(20, 4))  # stands for the four steps since the last refresh
-    mean = average([10, 10, 10, 10, 20], 0.1, True, 0)  # as if the steps left out had seen what was remembered
-    close(remembered(whitening), (mean, average([1 / 2, *[1 / 4] * 4], 0.1, True, 1)))
+    whitening(number(20, 4))
+    mean = average([10, 20], [4, 1], 0.1, True, 0)  # as if the steps left out had seen what was remembered
+    close(remembered(whitening), (mean, average([1 / 2, 1 / 4], [1, 2.5], 0.1, True, 1)))
 
 
 def test_a_run_that_has_diverged_is_reported_ever_more_rarely() -> None:

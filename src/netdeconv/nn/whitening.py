@@ -39,8 +39,9 @@ class Whitening(nn.Module):
     remembered values.
 
     Remembered values are averages over training steps: of the mean with the weight ``momentum`` at every step, of
-    the root with ``1 - (1 - momentum)**k`` after k steps; with ``debias`` the weights are divided by their sum, as
-    Adam does. A batch with NaN or infinite values changes nothing, and a :class:`NonFiniteWarning` says so: at once
+    the root with ``1 - (1 - momentum)**((k + 1) / 2)`` after k steps, between that of one step, which would lag behind
+    the weights, and that of k steps, which would be as noisy as one batch; with ``debias`` the weights are divided by
+    their sum, as Adam does. A batch with NaN or infinite values changes nothing, and a :class:`NonFiniteWarning` says so: at once
     on a CPU, otherwise when the module next changes between training and evaluation.
 
     Args:
@@ -253,14 +254,16 @@ class Whitening(nn.Module):
     @torch.no_grad()
     def _remember(self, mean: Tensor, roots: list[Tensor], finite: Tensor) -> None:
         """Blend into the running values; where not finite, mean and roots are those already."""
-        _blend(self.running_mean, mean, self._weight(self.num_steps))
+        steps = self.num_steps + 1
+        _blend(self.running_mean, mean, self._weight(torch.ones_like(steps), steps))
         if roots:
-            weight = self._weight(self.last_update)
+            waited, updates = steps - self.last_update, self.num_updates + 1
+            weight = self._weight((waited + 1) / 2, (steps + updates) / 2)
             for running, root in zip(self._roots("running"), roots, strict=True):
                 _blend(running, root, weight)
             for last, root in zip(self._roots("last") if "last" in self._kinds else (), roots, strict=False):
                 last.copy_(torch.where(finite, root.to(last.dtype), last))
-            self.last_update.copy_(torch.where(finite, self.num_steps + 1, self.last_update))
+            self.last_update.copy_(torch.where(finite, steps, self.last_update))
             self.num_updates.add_(finite)
         self.num_skipped.add_(~finite)
         if torch.compiler.is_compiling() or finite.is_cuda:
@@ -270,15 +273,13 @@ class Whitening(nn.Module):
         else:
             self._report_skipped()
 
-    def _weight(self, since: Tensor) -> Tensor:
-        """Share in the running values of what was seen at this step, the last time having been at step ``since``."""
-        steps = self.num_steps + 1
+    def _weight(self, count: Tensor, total: Tensor) -> Tensor:
+        """Share in the running values of what stands for ``count`` steps, out of ``total`` together with it."""
         dtype = torch.promote_types(self.running_mean.dtype, torch.float32)
-        if self.config.momentum is None:
-            new, seen = (steps - since).to(dtype), steps.to(dtype)
-        else:
-            keep = torch.full((), 1 - self.config.momentum, dtype=dtype, device=steps.device)
-            new, seen = 1 - keep ** (steps - since), 1 - keep**steps
+        new, seen = count.to(dtype), total.to(dtype)
+        if self.config.momentum is not None:
+            keep = torch.full((), 1 - self.config.momentum, dtype=dtype, device=count.device)
+            new, seen = 1 - keep**new, 1 - keep**seen
             if not self.config.debias:
                 return new
             seen = seen.clamp(min=torch.finfo(seen.dtype).tiny)  # zero only for momentum 0

@@ -96,7 +96,8 @@ def measure(name: str, settings: Settings, out: Path, follow: Follower) -> tuple
     device_of(settings.device)
     out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be made is known before the work
     result: dict[str, Any] = {}
-    keep_freed_memory()  # as ``netdeconv fit`` does; memory itself is measured in processes of their own
+    if not settings.give_back:
+        keep_freed_memory()  # memory itself is measured in processes of their own
     with threads(settings.threads):
         record = records.describe(name, settings)
         try:
