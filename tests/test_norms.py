@@ -97,6 +97,16 @@ def test_the_authors_exceptions() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "counts"), [("mobilenet_v2", {10: 1, 1: 34, 5: 22}), ("resnext29_32x4d", {10: 1, 3: 9, 5: 21})]
+)
+def test_the_authors_steps_inside_blocks(name: str, counts: dict[int, int]) -> None:
+    """Their MobileNetV2 has 34 of 57 convolutions with one step; their ResNeXt-29 nine grouped ones with three."""
+    new = with_norm(network(name, 0.25), "nd-authors", name=name)
+    steps = collections.Counter(m.whitening.config.num_iters for m in new.modules() if isinstance(m, WhitenedConv2d))
+    assert steps == counts
+
+
+@pytest.mark.parametrize(
     ("norm", "whitening", "message"),
     [
         ("nb", {}, "there is no nb"),

@@ -24,6 +24,8 @@ _FIRST_LAYER = {
     "vgg": 15, "senet": 15, "torchvision:": 15,
     "preact_resnet": 10, "resnext": 10, "mobilenet": 10, "dpn": 10, "pnasnet": 10, "efficientnet": 10,
 }  # fmt: skip
+# The same of layers inside blocks: depthwise and narrowing convolutions, and grouped ones.
+_INSIDE = {"mobilenet": {"conv2": 1, "conv3": 1}, "resnext": {"conv2": 3}}
 
 NORMS = {
     "bn": "batch normalisation, the network as it is",
@@ -48,9 +50,10 @@ def with_norm(
         whitening: settings of :class:`netdeconv.WhiteningConfig` that differ from the norm's own; only for norms
             that are network deconvolution.
         name: of the network. The published procedure has smaller blocks for linear layers in networks of
-            torchvision. ``"nd-authors"`` leaves the batch norms of :data:`netdeconv.zoo.PUBLISHED_EXCLUDE`, and gives
-            the first layer the authors' number of Newton-Schulz steps; it does not freeze that layer at times, nor
-            use fewer steps inside MobileNetV2 and ResNeXt, as their code does.
+            torchvision. ``"nd-authors"`` leaves the batch norms of :data:`netdeconv.zoo.PUBLISHED_EXCLUDE`, and takes
+            the authors' number of Newton-Schulz steps in the first layer and inside MobileNetV2 and ResNeXt; it does
+            not freeze the first layer at times, nor change the block size inside MobileNetV2 and PNASNetA, as their
+            code does.
 
     Raises:
         ConfigError: unknown norm or setting, or a setting that cannot apply.
@@ -78,6 +81,7 @@ def _check_settings(norm: str, whitening: Mapping[str, Any]) -> None:
 def _published(model: nn.Module, whitening: dict[str, Any], name: str, *, exceptions: bool) -> nn.Module:
     first = next((path for path, module in model.named_modules() if isinstance(module, nn.Conv2d)), None)
     steps = next((steps for start, steps in _FIRST_LAYER.items() if name.startswith(start)), None)
+    inside = next((steps for start, steps in _INSIDE.items() if name.startswith(start)), {})
 
     def setting(path: str, layer: nn.Module) -> WhiteningConfig:
         own: dict[str, Any] = {}
@@ -85,6 +89,8 @@ def _published(model: nn.Module, whitening: dict[str, Any], name: str, *, except
             own["block_size"] = _LINEAR_BLOCK
         if exceptions and path == first and steps is not None:
             own["num_iters"] = steps
+        elif exceptions and (within := path.rpartition(".")[2]) in inside:
+            own["num_iters"] = inside[within]
         return WhiteningConfig.paper(**{**own, **whitening})
 
     return convert(model, setting, exclude=zoo.PUBLISHED_EXCLUDE.get(name) if exceptions else None)
