@@ -269,6 +269,8 @@ def test_a_file_that_is_no_training_checkpoint(tmp_path: Path, capsys: pytest.Ca
 
 def test_nothing_trained_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"expected a checkpoint in {tmp_path}" in complaint(capsys, "test", *SETTINGS, "--out", str(tmp_path))
+    assert f"--out {tmp_path}: expected the folder of a run" in complaint(capsys, "validate", "--out", str(tmp_path))
+    assert "expected a checkpoint in" in complaint(capsys, "test", "--data.name", "digits", "--out", str(tmp_path))
 
 
 def full_from(call: int) -> Callable[..., None]:

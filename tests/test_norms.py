@@ -97,13 +97,19 @@ def test_the_authors_exceptions() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "counts"), [("mobilenet_v2", {10: 1, 1: 34, 5: 22}), ("resnext29_32x4d", {10: 1, 3: 9, 5: 21})]
+    ("name", "counts", "where"),
+    [
+        ("mobilenet_v2", {10: 1, 1: 34, 5: 22}, {("conv2", True), ("conv3", False)}),
+        ("resnext29_32x4d", {10: 1, 3: 9, 5: 21}, {("conv2", True)}),
+    ],
 )
-def test_the_authors_steps_inside_blocks(name: str, counts: dict[int, int]) -> None:
-    """Their MobileNetV2 has 34 of 57 convolutions with one step; their ResNeXt-29 nine grouped ones with three."""
+def test_the_authors_steps_inside_blocks(name: str, counts: dict[int, int], where: set[tuple[str, bool]]) -> None:
+    """In MobileNetV2 depthwise and narrowing convolutions have one step, 34 of 57; in ResNeXt-29 grouped ones three."""
     new = with_norm(network(name, 0.25), "nd-authors", name=name)
-    steps = collections.Counter(m.whitening.config.num_iters for m in new.modules() if isinstance(m, WhitenedConv2d))
-    assert steps == counts
+    convs = {path: m for path, m in new.named_modules() if isinstance(m, WhitenedConv2d)}
+    assert collections.Counter(m.whitening.config.num_iters for m in convs.values()) == counts
+    few = {path: m for path, m in convs.items() if m.whitening.config.num_iters < 5}
+    assert {(path.rpartition(".")[2], m.groups > 1) for path, m in few.items()} == where
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,14 @@ def test_a_result_of_other_code_is_named(tmp_path: Path, capsys: pytest.CaptureF
     complaint = capsys.readouterr().err
     assert "Traceback" not in complaint
     assert str(file) in complaint
-    assert "netdeconv reproduce squares --size small" in complaint
+
+
+def test_the_folder_is_not_taken_for_the_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", "--out", "squares", "all", "--size", "smoke", "--quiet", "--numbers", "3"]) == 2
+    assert "unrecognized arguments: --numbers 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

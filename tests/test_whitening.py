@@ -93,7 +93,7 @@ def test_averages_live_in_steps(update_every: int, momentum: float | None, debia
     whitening = one_feature(PLAIN.replace(update_every=update_every, momentum=momentum, debias=debias))
     means: list[float] = []
     roots: list[float] = []
-    counts: list[float] = []  # a root stands for itself and half of the steps without one before it
+    counts: list[float] = []  # with a momentum a root stands for itself and half of the steps without one before it
     waiting = 0
     for mean, deviation in batches(75):
         due = whitening.clock.due
@@ -101,7 +101,7 @@ def test_averages_live_in_steps(update_every: int, momentum: float | None, debia
         means.append(mean)
         if due:
             roots.append(1 / deviation)
-            counts.append(1 + waiting / 2)
+            counts.append(1 + (waiting if momentum is None else waiting / 2))
         waiting = 0 if due else waiting + 1
         expected = average(means, [1] * len(means), momentum, debias, 0), average(roots, counts, momentum, debias, 1)
         close(remembered(whitening), expected)

@@ -35,7 +35,7 @@ class WhiteningConfig:
             whiten fully; 15 comes close. The solver ``"eigh"`` is exact and does not look at it.
         solver: how the inverse square root is computed, see :func:`netdeconv.functional.inverse_sqrt`.
         momentum: share of the running values that one training step replaces, as in batch normalisation. A root
-            after k steps counts as ``(k + 1) / 2`` of them. ``None`` averages all steps equally.
+            after k steps counts as ``(k + 1) / 2`` of them. ``None`` averages all steps equally, a root for all k.
         sampling: ``"tiles"`` looks at patches of a grid that starts in the top left corner, with the default
             distance 3x3 kernels tile the map with them; ``"spread"`` at patches spread evenly over the map. Both
             look at all of them when they fit ``max_samples``, otherwise at others on every refresh, and are the

@@ -158,7 +158,8 @@ def _with_paths(command: str, arguments: Sequence[str]) -> list[str]:
             _check_optimizer(value)
     if not configs and out is not None and Path(out, CONFIG).is_file():
         configs = [Path(out, CONFIG)]
-    if not configs and out is not None and command != "fit":
+    elsewhere = any(option in ("-h", "--help") or option.startswith("--data.") for option in others)
+    if command != "fit" and not configs and out is not None and data is None and not elsewhere:
         raise ConfigError(
             f"--out {out}: expected the folder of a run, with its {CONFIG}, found none there. "
             f"Give the --out of  netdeconv fit,  or --config and --ckpt_path"
@@ -214,7 +215,8 @@ def _fit(cli: TrainingCLI) -> int:
         print(f"{cli.out}: {about}, {cli.config.data['name']}{begun}", flush=True)
     trainer.fit(module, datamodule=cli.datamodule, ckpt_path=_path(checkpoint), weights_only=True)
     if trainer.is_global_zero and trainer.global_step == (done or 0):
-        print(f"{cli.out}: finished before, after {trainer.current_epoch} epochs; nothing was done")
+        before = "" if done is None else f"finished before, after {trainer.current_epoch} epochs; "
+        print(f"{cli.out}: {before}nothing was done")
     return 0
 
 

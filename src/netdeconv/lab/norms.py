@@ -52,8 +52,7 @@ def with_norm(
         name: of the network. The published procedure has smaller blocks for linear layers in networks of
             torchvision. ``"nd-authors"`` leaves the batch norms of :data:`netdeconv.zoo.PUBLISHED_EXCLUDE`, and takes
             the authors' number of Newton-Schulz steps in the first layer and inside MobileNetV2 and ResNeXt; it does
-            not freeze the first layer at times, nor change the block size inside MobileNetV2 and PNASNetA, as their
-            code does.
+            not freeze the first layer at times, nor change the block size inside MobileNetV2, as their code does.
 
     Raises:
         ConfigError: unknown norm or setting, or a setting that cannot apply.

@@ -38,8 +38,9 @@ def reproduce(arguments: Sequence[str], parser_class: type[argparse.ArgumentPars
         ConfigError: data that are not there, or settings that cannot apply. With ``all`` the others are run first.
     """
     given = list(arguments)
-    named = next((word for word in given if word in EXPERIMENTS), None)
-    parser = _parser(named, parser_class)
+    words = [word for before, word in zip(["", *given], given, strict=False) if before != "--out"]
+    named = next((word for word in words if word == "all" or word in EXPERIMENTS), None)
+    parser = _parser(named if named in EXPERIMENTS else None, parser_class)
     try:
         args = parser.parse_args(given)
     except SystemExit as stop:

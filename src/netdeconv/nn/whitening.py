@@ -38,11 +38,12 @@ class Whitening(nn.Module):
     ``config.update_every``); other steps use the last one computed. In evaluation, and when ``frozen``, both are
     remembered values.
 
-    Remembered values are averages over training steps: of the mean with the weight ``momentum`` at every step, of
-    the root with ``1 - (1 - momentum)**((k + 1) / 2)`` after k steps, between that of one step, which would lag behind
-    the weights, and that of k steps, which would be as noisy as one batch; with ``debias`` the weights are divided by
-    their sum, as Adam does. A batch with NaN or infinite values changes nothing, and a :class:`NonFiniteWarning` says so: at once
-    on a CPU, otherwise when the module next changes between training and evaluation.
+    Remembered values are averages over training steps: of the mean with the weight ``momentum`` at every step, of the
+    root with ``1 - (1 - momentum)**((k + 1) / 2)`` after k steps. That is between the weight of one step, with which it
+    would lag behind the network, and that of k steps, with which it would be as noisy as one batch. With ``debias`` the
+    weights are divided by their sum, as Adam does. A batch with NaN or infinite values changes nothing, and a
+    :class:`NonFiniteWarning` says so: at once on a CPU, otherwise when the module next changes between training and
+    evaluation.
 
     Args:
         channels: channels of the layer's input.
@@ -257,8 +258,7 @@ class Whitening(nn.Module):
         steps = self.num_steps + 1
         _blend(self.running_mean, mean, self._weight(torch.ones_like(steps), steps))
         if roots:
-            waited, updates = steps - self.last_update, self.num_updates + 1
-            weight = self._weight((waited + 1) / 2, (steps + updates) / 2)
+            weight = self._weight(steps - self.last_update, self.num_updates + 1)
             for running, root in zip(self._roots("running"), roots, strict=True):
                 _blend(running, root, weight)
             for last, root in zip(self._roots("last") if "last" in self._kinds else (), roots, strict=False):
@@ -273,16 +273,19 @@ class Whitening(nn.Module):
         else:
             self._report_skipped()
 
-    def _weight(self, count: Tensor, total: Tensor) -> Tensor:
-        """Share in the running values of what stands for ``count`` steps, out of ``total`` together with it."""
+    def _weight(self, waited: Tensor, updates: Tensor) -> Tensor:
+        """Share in the running values of what comes after so many steps, for the so manyth time."""
+        steps = self.num_steps + 1
         dtype = torch.promote_types(self.running_mean.dtype, torch.float32)
-        new, seen = count.to(dtype), total.to(dtype)
-        if self.config.momentum is not None:
-            keep = torch.full((), 1 - self.config.momentum, dtype=dtype, device=count.device)
-            new, seen = 1 - keep**new, 1 - keep**seen
+        if self.config.momentum is None:
+            new, seen = waited.to(dtype), steps.to(dtype)
+        else:
+            keep = torch.full((), 1 - self.config.momentum, dtype=dtype, device=steps.device)
+            new = 1 - keep ** ((waited + 1).to(dtype) / 2)
             if not self.config.debias:
                 return new
-            seen = seen.clamp(min=torch.finfo(seen.dtype).tiny)  # zero only for momentum 0
+            seen = 1 - keep ** ((steps + updates).to(dtype) / 2)
+            seen = seen.clamp(min=torch.finfo(dtype).tiny)  # zero only for momentum 0
         return torch.where(self.num_updates > 0, new / seen, torch.ones_like(new))
 
     def train(self, mode: bool = True) -> Whitening:

@@ -165,7 +165,7 @@ def _settle(whitening: Whitening, updates: int) -> None:
     config = whitening.config
     steps = 16 * max(1, config.update_every)  # a multiple of the interval, so that the next step refreshes
     if config.momentum is not None and 0 < config.momentum < 1:
-        needed = math.ceil(math.log(_SETTLED) / math.log1p(-config.momentum))
+        needed = math.ceil(2 * math.log(_SETTLED) / math.log1p(-config.momentum))  # kept roots count for half of them
         steps *= math.ceil(needed / steps)
     whitening.num_updates.fill_(max(1, updates))
     whitening.num_steps.fill_(steps)

@@ -40,7 +40,7 @@ def measure_in_fresh_process(kind: str, settings: MemorySettings) -> dict[str, A
     job = {"kind": kind, "settings": {f.name: getattr(settings, f.name) for f in dataclasses.fields(MemorySettings)}}
     done = subprocess.run(
         [sys.executable, "-m", "netdeconv.lab.benchmark.memory"],
-        env=os.environ | _GIVE_BACK,
+        env=_GIVE_BACK | os.environ,
         input=json.dumps(job),
         capture_output=True,
         text=True,

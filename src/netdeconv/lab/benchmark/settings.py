@@ -23,7 +23,9 @@ class Settings:
     threads: int | None = option(None, "CPU threads to compute with; torch's own choice if not given", kind=int)
     seed: int = option(0, "seed of weights and data")
     give_back: bool = option(
-        False, "let the C library give freed memory back, as in a script of one's own; netdeconv fit keeps it"
+        False,
+        "let the C library give freed memory back, as in a script of one's own; netdeconv fit keeps it. Memory is "
+        "always measured so",
     )
 
     def __post_init__(self) -> None:

@@ -21,12 +21,17 @@ from netdeconv import WhitenedLinear, WhiteningConfig
 from netdeconv.functional import inverse_sqrt
 from netdeconv.lab.data import create_data
 from netdeconv.lab.experiments.experiment import SIZES, Experiment, Workspace
-from netdeconv.lab.experiments.regression_report import INPUTS, LEAST_SQUARES_RATES, LOGISTIC_RATES, present
+from netdeconv.lab.experiments.regression_report import (
+    INPUTS,
+    LEAST_SQUARES_RATES,
+    LOGISTIC_RATES,
+    NEAR,
+    present,
+)
 from netdeconv.lab.options import check_fields, option
 
 __all__ = ["EXPERIMENT", "RegressionSettings", "descend", "iterations_to", "optimum", "quadratic", "transformed"]
 
-_NEAR = 0.01  # of the closed-form optimum
 _SINGULAR = 1e-12  # share of the largest eigenvalue below which a direction has no variance but rounding
 
 
@@ -166,7 +171,7 @@ def _least_squares(settings: RegressionSettings) -> dict[str, Any]:
         found["inputs"][name] = {
             "rate": rate,
             "losses": losses,
-            "iterations": iterations_to(problem, rate, (1 + _NEAR) * lowest),
+            "iterations": iterations_to(problem, rate, (1 + NEAR) * lowest),
             "eigenvalues": values.flip(0).tolist(),
         }
     found["layer"] = _step_of_the_layer(x, targets, settings.eps)
@@ -244,5 +249,5 @@ EXPERIMENT = Experiment(
     ),
     run=run,
     present=present,
-    code=("lab/experiments/regression.py",),
+    code=("lab/experiments/regression.py", "lab/experiments/regression_report.py"),
 )

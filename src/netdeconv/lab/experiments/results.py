@@ -92,7 +92,16 @@ def outcomes(out: Path) -> list[Outcome]:
     Raises:
         ConfigError: there is none, or one that other code has written.
     """
-    found = [outcome for name in EXPERIMENTS if (outcome := _read(out / name)) is not None]
+    found = []
+    for name in EXPERIMENTS:
+        try:
+            outcome = _read(out / name)
+        except Exception as error:
+            raise ConfigError(
+                f"{out / name / _RESULT}: expected a result that this version of netdeconv can show, got one that it "
+                f"cannot: {error!r}. Remove the file, or run its command again"
+            ) from error
+        found += [] if outcome is None else [outcome]
     if not found:
         raise ConfigError(
             f"expected results of netdeconv reproduce in {out}, found no */{_RESULT}. "
@@ -105,13 +114,7 @@ def _read(folder: Path) -> Outcome | None:
     record = read_json(folder / _RESULT)
     if not isinstance(record, dict) or record.get("experiment") not in EXPERIMENTS:
         return None
-    try:
-        presentation = load(record["experiment"]).present(record["result"])
-    except (KeyError, IndexError, TypeError) as error:
-        raise ConfigError(
-            f"{folder / _RESULT}: expected a result that this version of netdeconv can show, got one of other code "
-            f"({record.get('code')}): {error!r}. Run  {record.get('command')}  again, or remove the file"
-        ) from error
+    presentation = load(record["experiment"]).present(record["result"])
     if record.get("size") == "smoke":
         warning = "A trial run, too short to judge the claim by. "
         presentation = dataclasses.replace(presentation, verdict=warning + presentation.verdict)
