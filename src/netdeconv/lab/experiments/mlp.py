@@ -116,18 +116,20 @@ def present(result: Mapping[str, Any]) -> Presentation:
 
 
 def _draw(figure: Figure, cases: Mapping[tuple[str, str], list[Mapping[str, Any]]]) -> None:
-    from netdeconv.lab.plots import LINES, tidy
+    from netdeconv.lab.plots import LINES, STYLES, tidy
 
     datasets = list(dict.fromkeys(dataset for dataset, _ in cases))
     figure.set_size_inches(4.2 * len(datasets), 3.4)
     for axes, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True):
-        for style, (norm, name) in zip(LINES, NAMES.items(), strict=False):
+        for line, (norm, name) in zip(LINES, NAMES.items(), strict=False):
             if (dataset, norm) in cases:
+                style = STYLES.get(norm, line)
                 runs = cases[dataset, norm]
                 losses = mean_curve(by_rate(runs)[best_rate(runs)], "train/loss")
                 label = f"{name}, rate {best_rate(runs):g}"
                 axes.plot(range(1, len(losses) + 1), losses, label=label, markersize=4, **style)
         axes.set(xlabel="epoch", ylabel="training loss", title=_DATASETS[dataset], yscale="log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=8, frameon=False)
         tidy(axes)
 
