@@ -163,7 +163,12 @@ def test_a_trial_of_few_steps_takes_so_many() -> None:
             with quiet_lightning():
                 return compute()
 
-    (found,) = trials.run_trials([trial], Nowhere())
+        def publish(self, result: Mapping[str, Any]) -> None:
+            published.append([run["rate"] for run in result["runs"]])
+
+    published: list[list[float]] = []
+    (found,) = trials.run_trials([trial], Nowhere(), before=[{"rate": 0.02}])
+    assert published == [[0.02, 0.1]]
     assert found["steps"] == 3
     assert len(found["curves"]["test/accuracy"]) == 1
 

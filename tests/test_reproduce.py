@@ -96,7 +96,7 @@ def test_finished_parts_are_kept_through_ctrl_c(tmp_path: Path, capsys: pytest.C
 def test_the_record_says_how_the_numbers_came_about(tmp_path: Path) -> None:
     assert main(["reproduce", "--quiet", "squares", "--out", str(tmp_path), "--numbers", "3", "0.5", "--shout"]) == 0
     record = json.loads((tmp_path / "squares" / "result.json").read_text())
-    assert record["command"] == "netdeconv reproduce squares --size small --numbers 3.0 0.5 --shout"
+    assert record["command"] == "netdeconv reproduce squares --size small --numbers 3 0.5 --shout"
     assert record["settings"] == {"numbers": [3.0, 0.5], "shout": True}
     assert record["complete"]
     assert record["result"]["squares"]["3"]["square"] == 9

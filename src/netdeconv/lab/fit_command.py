@@ -122,7 +122,7 @@ def parsed(command: str, arguments: Sequence[str]) -> TrainingCLI | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # jsonargparse, of names that Lightning uses as well
-            return TrainingCLI(_with_paths(command, arguments), f"netdeconv {command}")
+            return TrainingCLI(_with_paths(arguments), command)
     except SystemExit as stop:
         if stop.code:
             raise
@@ -133,7 +133,7 @@ def parsed(command: str, arguments: Sequence[str]) -> TrainingCLI | None:
         raise ConfigError(str(error)) from error
 
 
-def _with_paths(command: str, arguments: Sequence[str]) -> list[str]:
+def _with_paths(arguments: Sequence[str]) -> list[str]:
     """The arguments with recipes as paths first, then the data set, which replaces another one of the recipe."""
     configs: list[Path] = []
     others: list[str] = []
@@ -158,12 +158,6 @@ def _with_paths(command: str, arguments: Sequence[str]) -> list[str]:
             _check_optimizer(value)
     if not configs and out is not None and Path(out, CONFIG).is_file():
         configs = [Path(out, CONFIG)]
-    elsewhere = any(option in ("-h", "--help") or option.startswith("--data.") for option in others)
-    if command != "fit" and not configs and out is not None and data is None and not elsewhere:
-        raise ConfigError(
-            f"--out {out}: expected the folder of a run, with its {CONFIG}, found none there. "
-            f"Give the --out of  netdeconv fit,  or --config and --ckpt_path"
-        )
     given = [text for path in configs for text in ("--config", str(path))]
     of_recipes = [name for name in map(_data_name, configs) if name is not None]
     if data is not None and of_recipes[-1:] != [data]:

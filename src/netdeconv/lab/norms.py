@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -14,6 +14,8 @@ from netdeconv import ConfigError, WhiteningConfig, convert, zoo
 from netdeconv.lab.names import nearest
 
 __all__ = ["NORMS", "with_norm"]
+
+Value = TypeVar("Value")
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _GROUPS = 32  # of Wu and He, Group Normalization, ECCV 2018
@@ -79,8 +81,8 @@ def _check_settings(norm: str, whitening: Mapping[str, Any]) -> None:
 
 def _published(model: nn.Module, whitening: dict[str, Any], name: str, *, exceptions: bool) -> nn.Module:
     first = next((path for path, module in model.named_modules() if isinstance(module, nn.Conv2d)), None)
-    steps = next((steps for start, steps in _FIRST_LAYER.items() if name.startswith(start)), None)
-    inside = next((steps for start, steps in _INSIDE.items() if name.startswith(start)), {})
+    steps = _of_network(_FIRST_LAYER, name)
+    inside = _of_network(_INSIDE, name) or {}
 
     def setting(path: str, layer: nn.Module) -> WhiteningConfig:
         own: dict[str, Any] = {}
@@ -93,6 +95,11 @@ def _published(model: nn.Module, whitening: dict[str, Any], name: str, *, except
         return WhiteningConfig.paper(**{**own, **whitening})
 
     return convert(model, setting, exclude=zoo.PUBLISHED_EXCLUDE.get(name) if exceptions else None)
+
+
+def _of_network(table: Mapping[str, Value], name: str) -> Value | None:
+    """The entry of the network, found by the beginning of its name."""
+    return next((value for start, value in table.items() if name.startswith(start)), None)
 
 
 def _replaced(model: nn.Module, replacement: Callable[[int], nn.Module]) -> nn.Module:

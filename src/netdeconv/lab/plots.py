@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ __all__ = [
     "filters_figure",
     "history_figure",
     "png",
+    "styles_of_norms",
     "tidy",
 ]
 
@@ -44,6 +45,11 @@ _PROFILE_COLOURS = ("#000000", "#009E73", "#CC79A7")
 _COLOURS = ("#0072B2", "#D55E00", *_PROFILE_COLOURS)
 _RING: dict[str, Any] = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.5, "linestyle": "none"}
 _DPI = 130
+
+
+def styles_of_norms(norms: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """A line for each norm; batch normalisation and network deconvolution look alike in all pictures."""
+    return {norm: STYLES.get(norm, line) for norm, line in zip(norms, LINES, strict=False)}
 
 
 def png(figure: Figure) -> bytes:

@@ -125,7 +125,7 @@ def _command(name: str, size: str, changes: dict[str, Any]) -> str:
     for key, value in changes.items():
         words.append(f"--{key.replace('_', '-')}")
         if not isinstance(value, bool):
-            words += map(str, _several(value))
+            words += [f"{one:.15g}" if isinstance(one, float) else str(one) for one in _several(value)]
     return " ".join(words)
 
 

@@ -256,9 +256,9 @@ class Whitening(nn.Module):
     def _remember(self, mean: Tensor, roots: list[Tensor], finite: Tensor) -> None:
         """Blend into the running values; where not finite, mean and roots are those already."""
         steps = self.num_steps + 1
-        _blend(self.running_mean, mean, self._weight(torch.ones_like(steps), steps))
+        _blend(self.running_mean, mean, self._weight(torch.ones_like(steps), steps, steps))
         if roots:
-            weight = self._weight(steps - self.last_update, self.num_updates + 1)
+            weight = self._weight(steps - self.last_update, self.num_updates + 1, steps)
             for running, root in zip(self._roots("running"), roots, strict=True):
                 _blend(running, root, weight)
             for last, root in zip(self._roots("last") if "last" in self._kinds else (), roots, strict=False):
@@ -273,9 +273,8 @@ class Whitening(nn.Module):
         else:
             self._report_skipped()
 
-    def _weight(self, waited: Tensor, updates: Tensor) -> Tensor:
-        """Share in the running values of what comes after so many steps, for the so manyth time."""
-        steps = self.num_steps + 1
+    def _weight(self, waited: Tensor, updates: Tensor, steps: Tensor) -> Tensor:
+        """Share in the running values of what waited so many steps, and is the so manyth of its kind in all steps."""
         dtype = torch.promote_types(self.running_mean.dtype, torch.float32)
         if self.config.momentum is None:
             new, seen = waited.to(dtype), steps.to(dtype)

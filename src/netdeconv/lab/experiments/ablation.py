@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from netdeconv import WhiteningConfig
 from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation, Workspace
-from netdeconv.lab.experiments.trials import CODE, Trial, accuracies, accuracy_cell, run_plan
+from netdeconv.lab.experiments.trials import CODE, Trial, accuracies, accuracy_cell, run_trials
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.report import Table
 
@@ -77,7 +77,8 @@ def run(settings: AblationSettings, workspace: Workspace) -> Mapping[str, Any]:
         for name in settings.vary:
             for value in _VARIATIONS[name][: settings.values]:
                 plan.append(dataclasses.replace(base, whitening=((name, value),), seed=seed))
-    return run_plan(plan, workspace)
+    workspace.progress.expect(len(plan))
+    return {"runs": run_trials(plan, workspace)}
 
 
 def _label(run: Mapping[str, Any]) -> tuple[str, Any]:

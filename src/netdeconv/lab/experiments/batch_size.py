@@ -18,7 +18,7 @@ from netdeconv.lab.experiments.trials import (
     accuracy_cell,
     best_rate,
     by_rate,
-    run_plan,
+    run_trials,
 )
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.report import Table
@@ -70,7 +70,8 @@ def run(settings: BatchSizeSettings, workspace: Workspace) -> Mapping[str, Any]:
         for rate in settings.rates
         for norm in settings.norms
     ]
-    return run_plan(plan, workspace)
+    workspace.progress.expect(len(plan))
+    return {"runs": run_trials(plan, workspace)}
 
 
 Cases = Mapping[tuple[int, str], list[Mapping[str, Any]]]
@@ -120,10 +121,10 @@ def _verdict(cases: Cases) -> str:
 
 
 def _draw(figure: Figure, cases: Cases) -> None:
-    from netdeconv.lab.plots import LINES, tidy
+    from netdeconv.lab.plots import styles_of_norms, tidy
 
     axes = figure.subplots()
-    for style, norm in zip(LINES, dict.fromkeys(norm for _, norm in cases), strict=False):
+    for norm, style in styles_of_norms(dict.fromkeys(norm for _, norm in cases)).items():
         sizes = [size for size, one in cases if one == norm]
         axes.plot(sizes, [_best(cases, size, norm) for size in sizes], label=NAMES[norm], **style)
     axes.set(xlabel="batch size", ylabel="test accuracy, %")

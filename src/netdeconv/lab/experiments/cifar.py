@@ -116,14 +116,9 @@ def run(settings: CifarSettings, workspace: Workspace) -> Mapping[str, Any]:
     plan = list(first_trials(settings))
     count = len(settings.networks) * len(settings.norms) * len(settings.datasets) * len(settings.epochs)
     workspace.progress.expect(len(plan) + math.ceil(1.5 * count) * (settings.seeds - 1))
-    data, found = DataSets(), []
-    for trial in plan:
-        found += run_trials([trial], workspace, data)
-        workspace.publish({"runs": found})
-    for trial in list(more_trials(settings, found)):
-        found += run_trials([trial], workspace, data)
-        workspace.publish({"runs": found})
-    return {"runs": found}
+    data = DataSets()
+    found = run_trials(plan, workspace, data)
+    return {"runs": found + run_trials(more_trials(settings, found), workspace, data, before=found)}
 
 
 EXPERIMENT = Experiment(

@@ -10,6 +10,7 @@ from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentati
 from netdeconv.lab.experiments.trials import (
     CODE,
     NAMES,
+    DataSets,
     Trial,
     accuracy_cell,
     best_rate,
@@ -63,9 +64,10 @@ def run(settings: MlpSettings, workspace: Workspace) -> Mapping[str, Any]:
         for norm in settings.norms
     ]
     workspace.progress.expect(len(first) + (settings.seeds - 1) * len(settings.datasets) * len(settings.norms))
-    found = run_trials(first, workspace)
-    workspace.publish({"runs": found})
-    return {"runs": found + run_trials(trials_with_seeds(first, found, settings.seeds), workspace)}
+    data = DataSets()
+    found = run_trials(first, workspace, data)
+    more = trials_with_seeds(first, found, settings.seeds)
+    return {"runs": found + run_trials(more, workspace, data, before=found)}
 
 
 def present(result: Mapping[str, Any]) -> Presentation:
@@ -116,18 +118,18 @@ def present(result: Mapping[str, Any]) -> Presentation:
 
 
 def _draw(figure: Figure, cases: Mapping[tuple[str, str], list[Mapping[str, Any]]]) -> None:
-    from netdeconv.lab.plots import LINES, STYLES, tidy
+    from netdeconv.lab.plots import styles_of_norms, tidy
 
     datasets = list(dict.fromkeys(dataset for dataset, _ in cases))
     figure.set_size_inches(4.2 * len(datasets), 3.4)
+    styles = styles_of_norms(NAMES)
     for axes, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True):
-        for line, (norm, name) in zip(LINES, NAMES.items(), strict=False):
+        for norm, name in NAMES.items():
             if (dataset, norm) in cases:
-                style = STYLES.get(norm, line)
                 runs = cases[dataset, norm]
                 losses = mean_curve(by_rate(runs)[best_rate(runs)], "train/loss")
                 label = f"{name}, rate {best_rate(runs):g}"
-                axes.plot(range(1, len(losses) + 1), losses, label=label, markersize=4, **style)
+                axes.plot(range(1, len(losses) + 1), losses, label=label, markersize=4, **styles[norm])
         axes.set(xlabel="epoch", ylabel="training loss", title=_DATASETS[dataset], yscale="log")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=8, frameon=False)

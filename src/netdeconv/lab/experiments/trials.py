@@ -30,7 +30,6 @@ __all__ = [
     "by_rate",
     "gap_sentence",
     "mean_curve",
-    "run_plan",
     "run_trials",
     "trials_with_seeds",
 ]
@@ -156,28 +155,26 @@ def train(trial: Trial, data: Any, workspace: Workspace) -> dict[str, Any]:
     }
 
 
-def run_trials(trials: Sequence[Trial], workspace: Workspace, data: DataSets | None = None) -> list[dict[str, Any]]:
-    """Every trial's numbers, next to what it was; finished ones are not repeated."""
+def run_trials(
+    trials: Iterable[Trial],
+    workspace: Workspace,
+    data: DataSets | None = None,
+    before: Sequence[Mapping[str, Any]] = (),
+) -> list[dict[str, Any]]:
+    """Every trial's numbers, next to what it was; finished ones are not repeated.
+
+    What there is, behind the numbers from ``before``, is published after every trial.
+    """
     data = DataSets() if data is None else data
-    found = []
+    found: list[dict[str, Any]] = []
     for trial in trials:
         settings = dataclasses.asdict(trial)
         result = workspace.part(
             trial.name, settings, lambda trial=trial: train(trial, data.get(trial), workspace)  # type: ignore[misc]
         )  # fmt: skip
         found.append({**settings, "whitening": dict(trial.whitening), **result})
+        workspace.publish({"runs": [*before, *found]})
     return found
-
-
-def run_plan(plan: Sequence[Trial], workspace: Workspace) -> dict[str, Any]:
-    """The result of an experiment that is nothing but its trials, published after every one of them."""
-    workspace.progress.expect(len(plan))
-    data = DataSets()
-    found: list[dict[str, Any]] = []
-    for trial in plan:
-        found += run_trials([trial], workspace, data)
-        workspace.publish({"runs": found})
-    return {"runs": found}
 
 
 def by_rate(entries: Iterable[Mapping[str, Any]]) -> dict[float, list[Mapping[str, Any]]]:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from netdeconv import ConfigError
 from netdeconv.lab.schedules import Schedule
 from netdeconv.lab.training.callbacks import EndTogether, History, SeededSteps
+from netdeconv.lab.training.folder import CONFIG
 from netdeconv.lab.training.saving import FolderCheckpoint, StepCheckpoint, WholeFiles
 from netdeconv.lab.training.settings import Checkpoints, Network, build_data, build_task, resolved_data
 from netdeconv.lab.training.signature import Signature
@@ -30,7 +31,7 @@ class TrainingCLI(LightningCLI):
 
     Args:
         args: the command line after the command.
-        prog: what the command is called.
+        command: ``"fit"``, ``"validate"`` or ``"test"``.
 
     Attributes:
         out: run folder.
@@ -42,7 +43,9 @@ class TrainingCLI(LightningCLI):
         jsonargparse.ArgumentError: options that cannot be parsed.
     """
 
-    def __init__(self, args: list[str], prog: str) -> None:
+    def __init__(self, args: list[str], command: str) -> None:
+        self.command = command
+        prog = f"netdeconv {command}"
         super().__init__(
             save_config_callback=None,
             seed_everything_default=0,
@@ -75,6 +78,11 @@ class TrainingCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
+        if self.command != "fit" and self.config.out is not None and "name" not in self.config.data:
+            raise ConfigError(
+                f"--out {self.config.out}: expected the folder of a run, with its {CONFIG}, found none there. "
+                "Give the --out of  netdeconv fit,  or --config and --ckpt_path"
+            )
         self.config.data = resolved_data(dict(self.config.data))
         seed = self.config.seed_everything
         if self.config.data.get("seed") == 0 and isinstance(seed, int) and not isinstance(seed, bool):
