@@ -69,7 +69,7 @@ def test_the_first_refreshes_by_hand() -> None:
     whitening(number(10, 2))
     close(remembered(whitening), (10, 1 / 2))
     whitening(number(20, 4))  # weights 0.9 * 0.1 and 0.1, that is 9 : 10
-    close(remembered(whitening), ((9 * 10 + 10 * 20) / 19, (9 / 2 + 10 / 4) / 19))
+    close(remembered(whitening), ((9 * 10 + 10 * 20) / 19, ((9 * 2**2 + 10 * 4**2) / 19) ** -0.5))
     assert (int(whitening.num_steps), int(whitening.num_updates), int(whitening.last_update)) == (2, 2, 2)
 
 
@@ -86,13 +86,20 @@ def average(
     return seen / sum(weights) if debias or momentum is None else seen + (1 - sum(weights)) * start
 
 
+def average_root(deviations: list[float], counts: list[float], momentum: float | None, debias: bool) -> float:
+    """The average variance's root, or the average root, as published."""
+    if debias:
+        return average([deviation**2 for deviation in deviations], counts, momentum, debias, 1) ** -0.5
+    return average([1 / deviation for deviation in deviations], counts, momentum, debias, 1)
+
+
 @pytest.mark.parametrize("update_every", [1, 4, 16])
 @pytest.mark.parametrize("momentum", [0.1, 0.5, 1, None])
 @pytest.mark.parametrize("debias", [True, False])
 def test_averages_live_in_steps(update_every: int, momentum: float | None, debias: bool) -> None:
     whitening = one_feature(PLAIN.replace(update_every=update_every, momentum=momentum, debias=debias))
     means: list[float] = []
-    roots: list[float] = []
+    deviations: list[float] = []
     counts: list[float] = []  # with a momentum a root stands for itself and half of the steps without one before it
     waiting = 0
     for mean, deviation in batches(75):
@@ -100,12 +107,36 @@ def test_averages_live_in_steps(update_every: int, momentum: float | None, debia
         whitening(number(mean, deviation))
         means.append(mean)
         if due:
-            roots.append(1 / deviation)
+            deviations.append(deviation)
             counts.append(1 + (waiting if momentum is None else waiting / 2))
         waiting = 0 if due else waiting + 1
-        expected = average(means, [1] * len(means), momentum, debias, 0), average(roots, counts, momentum, debias, 1)
-        close(remembered(whitening), expected)
+        mean = average(means, [1] * len(means), momentum, debias, 0)
+        close(remembered(whitening), (mean, average_root(deviations, counts, momentum, debias)))
     assert (int(whitening.num_updates) < 75) == (update_every > 1)
+
+
+def test_scale_and_shape_of_a_root_are_averaged_apart() -> None:
+    torch.manual_seed(0)
+    config = WhiteningConfig(update_every=1, eps=0.0, momentum=None, solver="eigh")
+    scaled, plain = (Whitening(3, Window(), config=config, dtype=torch.float64) for _ in range(2))
+    roots = []
+    for scale in (1.0, 10.0, 0.1, 30.0):
+        x = torch.randn(50, 3, dtype=torch.float64) @ torch.randn(3, 3, dtype=torch.float64)
+        scaled(scale * x)
+        roots.append(plain(x)[1][0])
+    shapes = torch.stack([root / root.trace() for root in roots])
+    variances = torch.stack([root.trace() ** -2 for root in roots])
+    close(plain.running_root, shapes.mean(0) * variances.mean() ** -0.5)
+    variances *= torch.tensor([1.0, 10.0, 0.1, 30.0], dtype=torch.float64) ** 2
+    close(scaled.running_root, shapes.mean(0) * variances.mean() ** -0.5)
+
+
+@pytest.mark.parametrize(("debias", "times"), [(True, 1.70), (False, 10.73)])
+def test_evaluation_follows_activations_that_grow(debias: bool, times: float) -> None:
+    whitening = one_feature(PLAIN.replace(debias=debias, update_every=1))
+    for step in range(60):  # growing by an eighth at every step, as activations do in the first steps at a high rate
+        _, (root,) = whitening(number(0, 1.125**step))
+    assert float(whitening.running_root) / float(root) == pytest.approx(times, abs=0.01)
 
 
 @pytest.mark.parametrize(("debias", "first"), [(True, (10, 0.5)), (False, (0, 1))])
@@ -262,7 +293,7 @@ def test_a_batch_that_is_not_finite_is_left_out_and_reported() -> None:
     assert (int(whitening.num_steps), int(whitening.num_updates), int(whitening.num_skipped)) == (4, 1, 3)
     whitening(number(20, 4))
     mean = average([10, 20], [4, 1], 0.1, True, 0)  # as if the steps left out had seen what was remembered
-    close(remembered(whitening), (mean, average([1 / 2, 1 / 4], [1, 2.5], 0.1, True, 1)))
+    close(remembered(whitening), (mean, average_root([2, 4], [1, 2.5], 0.1, True)))
 
 
 def test_a_run_that_has_diverged_is_reported_ever_more_rarely() -> None:

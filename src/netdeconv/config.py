@@ -46,8 +46,8 @@ class WhiteningConfig:
         update_every: training steps between two computations of the root; the mean is taken at every step. The
             first 16 steps compute it every time, then the distance doubles until it has reached this number.
         differentiable: let the gradient flow through mean and root where they are computed, as published.
-        debias: running values are weighted averages of what was seen, right from the first refresh; without
-            it they start at zero mean and identity root, as published.
+        debias: running values are weighted averages of what was seen, right from the first refresh, a root's scale
+            averaged as a variance; without it plain averages that start at zero mean and identity root, as published.
         sync: in distributed training, gather the statistics over all processes of ``process_group``.
 
     Raises:

@@ -41,7 +41,10 @@ class Whitening(nn.Module):
     Remembered values are averages over training steps: of the mean with the weight ``momentum`` at every step, of the
     root with ``1 - (1 - momentum)**((k + 1) / 2)`` after k steps. That is between the weight of one step, with which it
     would lag behind the network, and that of k steps, with which it would be as noisy as one batch. With ``debias`` the
-    weights are divided by their sum, as Adam does. A batch with NaN or infinite values changes nothing, and a
+    weights are divided by their sum, as Adam does, and scale and shape of a root are averaged apart, the scale as
+    ``1 / scale**2``, as batch normalisation averages variances: an average of the roots themselves is ruled by the
+    smallest inputs that were seen, and where activations grow in training, evaluation multiplies them in every layer.
+    A batch with NaN or infinite values changes nothing, and a
     :class:`NonFiniteWarning` says so: at once on a CPU, otherwise when the module next changes between training and
     evaluation.
 
@@ -259,8 +262,9 @@ class Whitening(nn.Module):
         _blend(self.running_mean, mean, self._weight(torch.ones_like(steps), steps, steps))
         if roots:
             weight = self._weight(steps - self.last_update, self.num_updates + 1, steps)
+            blend = _blend_root if self.config.debias else _blend
             for running, root in zip(self._roots("running"), roots, strict=True):
-                _blend(running, root, weight)
+                blend(running, root, weight)
             for last, root in zip(self._roots("last") if "last" in self._kinds else (), roots, strict=False):
                 last.copy_(torch.where(finite, root.to(last.dtype), last))
             self.last_update.copy_(torch.where(finite, steps, self.last_update))
@@ -342,6 +346,19 @@ def _kept(value: Tensor) -> Tensor:
 
 def _blend(running: Tensor, new: Tensor, weight: Tensor) -> None:
     running.copy_(torch.lerp(running.to(new.dtype), new, weight.to(new.dtype)))
+
+
+def _blend_root(running: Tensor, new: Tensor, weight: Tensor) -> None:
+    """:func:`_blend` for the shape of a root and for ``1 / scale**2``; the scale is the trace, the sum of the gains."""
+    old, weight = running.to(new.dtype), weight.to(new.dtype)
+    ratio = (_trace(old) / _trace(new)).clamp(max=torch.finfo(new.dtype).max ** 0.5)  # its square stays finite
+    scale = torch.lerp(torch.ones_like(ratio), ratio.square(), weight).rsqrt()  # of the average, in that of the old one
+    blended = torch.lerp(old, new * ratio, weight) * scale
+    running.copy_(torch.where(weight < 1, blended, new))
+
+
+def _trace(root: Tensor) -> Tensor:
+    return root.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp(min=torch.finfo(root.dtype).tiny)
 
 
 def _in_backward() -> bool:
