@@ -24,8 +24,8 @@ class WhiteningConfig:
     """Settings of one whitening; the same object may serve every layer of a network.
 
     Args:
-        block_size: channels whitened together. A layer with more channels is cut into blocks that share one
-            root; when the block size does not divide the channels the last block is smaller and has its own.
+        block_size: channels whitened together, 64 as published. A layer with more channels is cut into blocks that
+            share one root; when the block size does not divide the channels the last block is smaller and has its own.
         grouping: ``"contiguous"`` blocks of neighbouring channels, each centred by its own mean; or
             ``"interleaved"``, the published procedure, which deals the flattened (channel, tap) index out to
             the blocks in turn, pools mean and covariance over them, and takes the greatest common divisor
@@ -56,7 +56,7 @@ class WhiteningConfig:
     Source: Ye et al., Network Deconvolution, ICLR 2020, arXiv 1905.11926.
     """
 
-    block_size: int = 64
+    block_size: int = 32
     grouping: str = "contiguous"
     eps: float = 1e-5
     num_iters: int = 5
@@ -109,6 +109,7 @@ class WhiteningConfig:
         Any setting may be overridden by keyword, e.g. ``WhiteningConfig.paper(num_iters=15)``.
         """
         published: dict[str, Any] = {
+            "block_size": 64,
             "grouping": "interleaved",
             "solver": "newton_schulz",
             "sampling": "corner",

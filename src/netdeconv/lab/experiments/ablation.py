@@ -20,7 +20,7 @@ __all__ = ["EXPERIMENT", "AblationSettings"]
 
 # What is changed, and to which values; the default is among the runs anyway.
 _VARIATIONS: Mapping[str, tuple[Any, ...]] = {
-    "block_size": (8, 16, 32),
+    "block_size": (8, 16, 64),
     "sampling_stride": (1, 2, 6),
     "num_iters": (1, 3, 8, 15),
     "eps": (1e-7, 1e-3, 1e-1),
