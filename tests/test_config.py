@@ -169,6 +169,13 @@ def test_a_cap_on_the_fixed_grid_is_refused() -> None:
         WhiteningConfig.paper(max_samples=100)
 
 
+@pytest.mark.parametrize(("samples", "most"), [(4096, 1024), (200, 200), (None, None)])
+def test_depthwise_convolutions_compute_every_step_s_own_root(samples: int | None, most: int | None) -> None:
+    config = WhiteningConfig(eps=1e-3, max_samples=samples).for_depthwise()
+    assert config == WhiteningConfig(eps=1e-3, max_samples=most, update_every=1)
+    assert WhiteningConfig.paper().for_depthwise() == WhiteningConfig.paper()
+
+
 def test_linear_layers_get_the_published_procedure_of_their_own() -> None:
     config = WhiteningConfig(eps=1e-3, num_iters=7).for_linear()
     assert (config.block_size, config.update_every, config.differentiable) == (512, 1, True)

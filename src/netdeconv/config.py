@@ -17,6 +17,7 @@ GROUPINGS = ("contiguous", "interleaved")
 SAMPLINGS = ("tiles", "spread", "corner")
 
 _LINEAR_BLOCK = 512
+_DEPTHWISE_SAMPLES = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +133,16 @@ class WhiteningConfig:
         one batch's root says little about the next one's; kept roots cost accuracy there and save little time.
         """
         return self.replace(block_size=_LINEAR_BLOCK, update_every=1, differentiable=True)
+
+    def for_depthwise(self) -> WhiteningConfig:
+        """These settings as depthwise convolutions get them: every step's own root, from at most 1,024 patches.
+
+        A depthwise convolution whitens every channel for itself, so that the gain of a channel is bounded by nothing
+        but its own deviation, and a kept root multiplies a channel that has grown since. Its roots are as small as the
+        kernel, so that few patches are enough; ``max_samples=None`` stays.
+        """
+        most = self.max_samples if self.max_samples is None else min(self.max_samples, _DEPTHWISE_SAMPLES)
+        return self.replace(update_every=1, max_samples=most)
 
     @staticmethod
     def _require_whole(name: str, value: Any) -> None:

@@ -6,15 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from netdeconv.config import WhiteningConfig
 from netdeconv.errors import ShapeError
 from netdeconv.functional import Window
-from netdeconv.nn.layer import WhitenedLayer, check_channels, check_conv_arguments, check_fits, check_floating
+from netdeconv.nn.layer import (
+    WhitenedLayer,
+    check_channels,
+    check_conv_arguments,
+    check_fits,
+    check_floating,
+    is_depthwise,
+)
 from netdeconv.nn.whitening import Whitening
 
 if TYPE_CHECKING:
     import torch
-
-    from netdeconv.config import WhiteningConfig
 
 __all__ = ["WhitenedConv1d", "WhitenedConv2d", "WhitenedConv3d"]
 
@@ -53,6 +59,8 @@ class _WhitenedConv(WhitenedLayer):
             "padding_mode": padding_mode,
         }
         super().__init__(in_channels, out_channels, kernel_size, **shape, device=device, dtype=dtype)
+        if whitening is None and is_depthwise(in_channels, groups):
+            whitening = WhiteningConfig().for_depthwise()
         self.whitening = Whitening(
             in_channels, _window_of(self), groups, whitening, device=device, dtype=dtype, label=label
         )
@@ -96,8 +104,8 @@ class WhitenedConv2d(_WhitenedConv, nn.Conv2d):
     in float32 at least, also under autocast.
 
     Args:
-        whitening: settings of the whitening, ``None`` for the defaults. All other arguments are those of
-            :class:`torch.nn.Conv2d`.
+        whitening: settings of the whitening, ``None`` for the defaults, of depthwise convolutions
+            :meth:`netdeconv.WhiteningConfig.for_depthwise`. All other arguments are those of :class:`torch.nn.Conv2d`.
 
     Raises:
         ShapeError: x has the wrong number of dimensions or channels, or a map smaller than the window; groups do

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from netdeconv.config import WhiteningConfig
 from netdeconv.errors import ConfigError
 from netdeconv.nn import WhitenedConv1d, WhitenedConv2d, WhitenedConv3d, WhitenedLinear
-from netdeconv.nn.layer import WhitenedLayer
+from netdeconv.nn.layer import WhitenedLayer, is_depthwise
 
 __all__ = ["Setting", "parameter_like", "plain_twin", "setting_for", "whitened_twin"]
 
@@ -25,7 +25,7 @@ _CONVS: tuple[tuple[type, Any], ...] = (
 
 
 def setting_for(setting: Setting, path: str, layer: nn.Module) -> WhiteningConfig | None:
-    """The settings of one layer: what a function says, otherwise those given, in linear layers' version for them.
+    """The settings of one layer: what a function says, otherwise those given, in the version for its kind of layer.
 
     Raises:
         ConfigError: something else than settings was given.
@@ -36,8 +36,13 @@ def setting_for(setting: Setting, path: str, layer: nn.Module) -> WhiteningConfi
             f"convert: expected whitening a WhiteningConfig, a function of (path, layer) that returns one, or None, "
             f"got {found!r} for {path or 'the model'}."
         )
-    linear = isinstance(layer, nn.Linear) and not callable(setting)
-    return found.for_linear() if linear and found is not None else found
+    return found if found is None or callable(setting) else _for_kind(found, layer)
+
+
+def _for_kind(config: WhiteningConfig, layer: Any) -> WhiteningConfig:
+    if isinstance(layer, nn.Linear):
+        return config.for_linear()
+    return config.for_depthwise() if is_depthwise(layer.in_channels, layer.groups) else config
 
 
 def whitened_twin(layer: Any, whitening: WhiteningConfig | None, path: str, with_bias: bool) -> nn.Module:
