@@ -14,7 +14,7 @@ from netdeconv import ConfigError, WhiteningConfig
 from netdeconv.config import GROUPINGS, SAMPLINGS
 from netdeconv.functional import SOLVERS
 
-# Other tools rely on these names; the values are those that docs/speed.md has the measurements of.
+# Other tools rely on these names; docs/speed.md measures these values.
 PROMISED = {
     "block_size": 32,
     "grouping": "contiguous",

@@ -133,7 +133,9 @@ def test_shape_arguments_and_settings_arrive() -> None:
         assert layer.extra_repr() in converted.extra_repr()
 
 
-@pytest.mark.parametrize(("channels", "groups", "depthwise"), [(4, 4, True), (4, 2, False), (4, 1, False), (1, 1, 0)])
+@pytest.mark.parametrize(
+    ("channels", "groups", "depthwise"), [(4, 4, True), (4, 2, False), (4, 1, False), (1, 1, False)]
+)
 def test_depthwise_convolutions_have_settings_of_their_own(channels: int, groups: int, depthwise: bool) -> None:
     conv, config = nn.Conv2d(channels, 8, 3, groups=groups), WhiteningConfig(eps=1e-3)
     whole = WhitenedConv2d(channels, 8, 3, groups=groups)
@@ -141,8 +143,11 @@ def test_depthwise_convolutions_have_settings_of_their_own(channels: int, groups
         converted = netdeconv.convert(conv, config, preserve=preserve)
         assert converted.whitening.config == (config.for_depthwise() if depthwise else config)
     assert whole.whitening.config == (WhiteningConfig().for_depthwise() if depthwise else WhiteningConfig())
+    preserved = netdeconv.convert(conv, preserve=torch.randn(4, channels, 9, 9)).whitening.config
+    assert (preserved.sampling, preserved.update_every) == ("spread", 1 if depthwise else 16)
     literal = netdeconv.convert(conv, lambda path, layer: config)
     assert literal.whitening.config == config
+    assert WhitenedConv2d(channels, 8, 3, groups=groups, whitening=config).whitening.config == config
 
 
 def test_one_number_in_a_tuple_holds_for_all_dimensions() -> None:

@@ -410,6 +410,17 @@ def test_channel_whitening_whitens_channels() -> None:
 # ---- scale -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("whitening", "times"), [(None, 1.0), (WhiteningConfig(), 100.0)])
+def test_a_depthwise_channel_that_has_grown_is_not_multiplied(whitening: WhiteningConfig | None, times: float) -> None:
+    torch.manual_seed(0)
+    layer = WhitenedConv2d(3, 3, 3, padding=1, groups=3, bias=False, whitening=whitening)
+    x = torch.randn(8, 3, 6, 6)
+    for _ in range(17):
+        before = layer(x).std((0, 2, 3))
+    after = layer(x * torch.tensor([1.0, 100, 1]).reshape(3, 1, 1)).std((0, 2, 3))  # a step that may keep its root
+    torch.testing.assert_close(after / before, torch.tensor([1, times, 1]), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("solver", ["newton_schulz", "chebyshev", "eigh"])
 def test_large_input_is_whitened_like_any_other(solver: str) -> None:
     x = activation(8, 3, 5, 5).float()

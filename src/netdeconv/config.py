@@ -25,7 +25,7 @@ class WhiteningConfig:
     """Settings of one whitening; the same object may serve every layer of a network.
 
     Args:
-        block_size: channels whitened together, 64 as published. A layer with more channels is cut into blocks that
+        block_size: channels whitened together; published are 64. A layer with more channels is cut into blocks that
             share one root; when the block size does not divide the channels the last block is smaller and has its own.
         grouping: ``"contiguous"`` blocks of neighbouring channels, each centred by its own mean; or
             ``"interleaved"``, the published procedure, which deals the flattened (channel, tap) index out to
@@ -47,8 +47,9 @@ class WhiteningConfig:
         update_every: training steps between two computations of the root; the mean is taken at every step. The
             first 16 steps compute it every time, then the distance doubles until it has reached this number.
         differentiable: let the gradient flow through mean and root where they are computed, as published.
-        debias: running values are weighted averages of what was seen, right from the first refresh, a root's scale
-            averaged as a variance; without it plain averages that start at zero mean and identity root, as published.
+        debias: running values are weighted averages of what was seen, right from the first refresh, the gains of a
+            root averaged as variances. Without it they are plain averages that start at zero mean and identity root,
+            as published.
         sync: in distributed training, gather the statistics over all processes of ``process_group``.
 
     Raises:

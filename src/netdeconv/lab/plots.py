@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -49,7 +50,9 @@ _DPI = 130
 
 def styles_of_norms(norms: Iterable[str]) -> dict[str, dict[str, Any]]:
     """A line for each norm; batch normalisation and network deconvolution look alike in all pictures."""
-    return {norm: STYLES.get(norm, line) for norm, line in zip(norms, LINES, strict=False)}
+    taken = {style["color"] for style in STYLES.values()}
+    others = itertools.cycle(line for line in LINES if line["color"] not in taken)
+    return {norm: STYLES[norm] if norm in STYLES else next(others) for norm in norms}
 
 
 def png(figure: Figure) -> bytes:

@@ -41,12 +41,11 @@ class Whitening(nn.Module):
     Remembered values are averages over training steps: of the mean with the weight ``momentum`` at every step, of the
     root with ``1 - (1 - momentum)**((k + 1) / 2)`` after k steps. That is between the weight of one step, with which it
     would lag behind the network, and that of k steps, with which it would be as noisy as one batch. With ``debias`` the
-    weights are divided by their sum, as Adam does, and scale and shape of a root are averaged apart, the scale as
-    ``1 / scale**2``, as batch normalisation averages variances: an average of the roots themselves is ruled by the
-    smallest inputs that were seen, and where activations grow in training, evaluation multiplies them in every layer.
-    A batch with NaN or infinite values changes nothing, and a
-    :class:`NonFiniteWarning` says so: at once on a CPU, otherwise when the module next changes between training and
-    evaluation.
+    weights are divided by their sum, as Adam does, and the gain of every feature, the root's diagonal, is averaged as
+    ``1 / gain**2``, apart from the rest, as batch normalisation averages variances: an average of roots is ruled by
+    the smallest inputs that were seen, and where activations grow in training, evaluation multiplies them in every
+    layer. A batch with NaN or infinite values changes nothing, and a :class:`NonFiniteWarning` says so: at once on a
+    CPU, otherwise when the module next changes between training and evaluation.
 
     Args:
         channels: channels of the layer's input.
@@ -278,7 +277,7 @@ class Whitening(nn.Module):
             self._report_skipped()
 
     def _weight(self, waited: Tensor, updates: Tensor, steps: Tensor) -> Tensor:
-        """Share in the running values of what waited so many steps, and is the so manyth of its kind in all steps."""
+        """Share in the running values of what waited so long, the last of ``updates`` in ``steps`` training steps."""
         dtype = torch.promote_types(self.running_mean.dtype, torch.float32)
         if self.config.momentum is None:
             new, seen = waited.to(dtype), steps.to(dtype)
@@ -349,16 +348,24 @@ def _blend(running: Tensor, new: Tensor, weight: Tensor) -> None:
 
 
 def _blend_root(running: Tensor, new: Tensor, weight: Tensor) -> None:
-    """:func:`_blend` for the shape of a root and for ``1 / scale**2``; the scale is the trace, the sum of the gains."""
+    """:func:`_blend` for ``1 / gain**2`` of every feature, and for a root of which all gains are 1.
+
+    The gain of a feature is its entry on the diagonal. Where rounding has made one negative there is nothing to divide
+    by, and it is blended as it is.
+    """
     old, weight = running.to(new.dtype), weight.to(new.dtype)
-    ratio = (_trace(old) / _trace(new)).clamp(max=torch.finfo(new.dtype).max ** 0.5)  # its square stays finite
-    scale = torch.lerp(torch.ones_like(ratio), ratio.square(), weight).rsqrt()  # of the average, in that of the old one
-    blended = torch.lerp(old, new * ratio, weight) * scale
-    running.copy_(torch.where(weight < 1, blended, new))
+    before, now = old.diagonal(dim1=-2, dim2=-1), new.diagonal(dim1=-2, dim2=-1)
+    largest = torch.finfo(new.dtype).max ** 0.5  # its square stays finite
+    ratio = torch.where((before > 0) & (now > 0), before / now, torch.ones_like(now)).clamp(max=largest)
+    gain = torch.lerp(torch.ones_like(ratio), ratio.square(), weight).rsqrt()  # of the average, over the old one
+    blended = _scaled(torch.lerp(old, _scaled(new, ratio), weight), gain)
+    running.copy_(torch.where(weight < 1, blended, new))  # the first one stays what it is, to the last bit
 
 
-def _trace(root: Tensor) -> Tensor:
-    return root.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp(min=torch.finfo(root.dtype).tiny)
+def _scaled(root: Tensor, gains: Tensor) -> Tensor:
+    """A root with these times the gains."""
+    each = gains.sqrt()
+    return root * each.unsqueeze(-1) * each.unsqueeze(-2)
 
 
 def _in_backward() -> bool:

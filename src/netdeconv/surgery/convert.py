@@ -56,8 +56,8 @@ def convert(
         model: any module.
         whitening: settings for all layers, of which linear layers get :meth:`WhiteningConfig.for_linear` and depthwise
             convolutions :meth:`WhiteningConfig.for_depthwise`; or a function of path and layer that returns settings,
-            taken literally. ``None`` for the defaults, with
-            ``preserve`` those with ``sampling="spread", momentum=0.2``.
+            taken literally. ``None`` for the defaults, with ``preserve`` those with ``sampling="spread",
+            momentum=0.2``.
         include, exclude, rules: see :func:`netdeconv.plan_conversion`.
         preserve: batches to be run through the model: a tensor, or an iterable of them. Of a list or tuple the
             first entry is taken, as data loaders give ``(images, labels)``; a mapping is passed by keyword.

@@ -102,7 +102,7 @@ class Training:
         move_to_step(self.model, steady_step(self.period) + steps)
 
     def refreshes(self) -> int:
-        """Refreshes so far, of the layer that had fewest but any: linear layers have one at every step."""
+        """Refreshes so far, of the layer that had fewest but any: linear and depthwise ones have one at every step."""
         counts = [int(value) for name, value in self.model.state_dict().items() if name.endswith("num_updates")]
         return min(filter(None, counts), default=0)
 
