@@ -33,7 +33,7 @@ RUNS = {
     "densenet121": Run(1 / 16, 0.05, 8),
     "resnext29_32x4d": Run(1 / 16, 0.1, 6),
     "mobilenet_v2": Run(1 / 8, 0.1, 14),
-    "dpn92": Run(1 / 16, 0.05, 4),
+    "dpn92": Run(1 / 16, 0.05, 10),
     "pnasnet_a": Run(1 / 16, 0.02, 4),
     "senet18": Run(1 / 16, 0.05, 6),
     "efficientnet_b0": Run(1 / 8, 0.05, 8),

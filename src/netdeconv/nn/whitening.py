@@ -354,12 +354,17 @@ def _blend_root(running: Tensor, new: Tensor, weight: Tensor) -> None:
     by, and it is blended as it is.
     """
     old, weight = running.to(new.dtype), weight.to(new.dtype)
-    before, now = old.diagonal(dim1=-2, dim2=-1), new.diagonal(dim1=-2, dim2=-1)
+    before, now = _gains(old), _gains(new)
     largest = torch.finfo(new.dtype).max ** 0.5  # its square stays finite
     ratio = torch.where((before > 0) & (now > 0), before / now, torch.ones_like(now)).clamp(max=largest)
     gain = torch.lerp(torch.ones_like(ratio), ratio.square(), weight).rsqrt()  # of the average, over the old one
     blended = _scaled(torch.lerp(old, _scaled(new, ratio), weight), gain)
     running.copy_(torch.where(weight < 1, blended, new))  # the first one stays what it is, to the last bit
+
+
+def _gains(root: Tensor) -> Tensor:
+    """The diagonal; torch.diagonal itself makes the compiler of torch 2.14 warn."""
+    return root.flatten(-2)[..., :: root.shape[-1] + 1]
 
 
 def _scaled(root: Tensor, gains: Tensor) -> Tensor:
