@@ -9,20 +9,18 @@ from torch import Tensor, nn
 from netdeconv.config import WhiteningConfig
 from netdeconv.errors import ShapeError
 from netdeconv.functional import Window
-from netdeconv.nn.layer import (
-    WhitenedLayer,
-    check_channels,
-    check_conv_arguments,
-    check_fits,
-    check_floating,
-    is_depthwise,
-)
+from netdeconv.nn.layer import WhitenedLayer, check_channels, check_conv_arguments, check_fits, check_floating
 from netdeconv.nn.whitening import Whitening
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["WhitenedConv1d", "WhitenedConv2d", "WhitenedConv3d"]
+__all__ = ["WhitenedConv1d", "WhitenedConv2d", "WhitenedConv3d", "is_depthwise"]
+
+
+def is_depthwise(channels: int, groups: int) -> bool:
+    """Whether a convolution looks at every channel for itself."""
+    return groups == channels > 1
 
 
 class _WhitenedConv(WhitenedLayer):

@@ -20,7 +20,6 @@ __all__ = [
     "check_conv_arguments",
     "check_fits",
     "check_floating",
-    "is_depthwise",
 ]
 
 
@@ -52,11 +51,6 @@ class WhitenedLayer(nn.Module):
         """
         mean, roots = self.whitening.remembered()
         return fold(self.weight, self.bias, mean, roots, self.whitening.blocks)
-
-
-def is_depthwise(channels: int, groups: int) -> bool:
-    """Whether a convolution looks at every channel for itself."""
-    return groups == channels > 1
 
 
 def check_floating(x: Tensor, label: str, dtype: torch.dtype | None = None) -> None:

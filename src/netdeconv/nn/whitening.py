@@ -24,6 +24,7 @@ from netdeconv.functional import (
     patch_moments,
     spread_patches,
 )
+from netdeconv.nn.averages import blend, blend_root
 from netdeconv.nn.schedule import Clock
 from netdeconv.nn.sync import check_same_mode, distributed, joined_moments
 
@@ -258,12 +259,12 @@ class Whitening(nn.Module):
     def _remember(self, mean: Tensor, roots: list[Tensor], finite: Tensor) -> None:
         """Blend into the running values; where not finite, mean and roots are those already."""
         steps = self.num_steps + 1
-        _blend(self.running_mean, mean, self._weight(torch.ones_like(steps), steps, steps))
+        blend(self.running_mean, mean, self._weight(torch.ones_like(steps), steps, steps))
         if roots:
             weight = self._weight(steps - self.last_update, self.num_updates + 1, steps)
-            blend = _blend_root if self.config.debias else _blend
+            blend_one = blend_root if self.config.debias else blend
             for running, root in zip(self._roots("running"), roots, strict=True):
-                blend(running, root, weight)
+                blend_one(running, root, weight)
             for last, root in zip(self._roots("last") if "last" in self._kinds else (), roots, strict=False):
                 last.copy_(torch.where(finite, root.to(last.dtype), last))
             self.last_update.copy_(torch.where(finite, steps, self.last_update))
@@ -341,36 +342,6 @@ class Whitening(nn.Module):
 def _kept(value: Tensor) -> Tensor:
     """A buffer to compute with: a copy where a gradient is recorded, as the next step changes the buffer in place."""
     return value.clone() if torch.is_grad_enabled() else value
-
-
-def _blend(running: Tensor, new: Tensor, weight: Tensor) -> None:
-    running.copy_(torch.lerp(running.to(new.dtype), new, weight.to(new.dtype)))
-
-
-def _blend_root(running: Tensor, new: Tensor, weight: Tensor) -> None:
-    """:func:`_blend` for ``1 / gain**2`` of every feature, and for a root of which all gains are 1.
-
-    The gain of a feature is its entry on the diagonal. Where rounding has made one negative there is nothing to divide
-    by, and it is blended as it is.
-    """
-    old, weight = running.to(new.dtype), weight.to(new.dtype)
-    before, now = _gains(old), _gains(new)
-    largest = torch.finfo(new.dtype).max ** 0.5  # its square stays finite
-    ratio = torch.where((before > 0) & (now > 0), before / now, torch.ones_like(now)).clamp(max=largest)
-    gain = torch.lerp(torch.ones_like(ratio), ratio.square(), weight).rsqrt()  # of the average, over the old one
-    blended = _scaled(torch.lerp(old, _scaled(new, ratio), weight), gain)
-    running.copy_(torch.where(weight < 1, blended, new))  # the first one stays what it is, to the last bit
-
-
-def _gains(root: Tensor) -> Tensor:
-    """The diagonal; torch.diagonal itself makes the compiler of torch 2.14 warn."""
-    return root.flatten(-2)[..., :: root.shape[-1] + 1]
-
-
-def _scaled(root: Tensor, gains: Tensor) -> Tensor:
-    """A root with these times the gains."""
-    each = gains.sqrt()
-    return root * each.unsqueeze(-1) * each.unsqueeze(-2)
 
 
 def _in_backward() -> bool:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from netdeconv.config import WhiteningConfig
 from netdeconv.errors import ConfigError
 from netdeconv.nn import WhitenedConv1d, WhitenedConv2d, WhitenedConv3d, WhitenedLinear
-from netdeconv.nn.layer import WhitenedLayer, is_depthwise
+from netdeconv.nn.conv import is_depthwise
+from netdeconv.nn.layer import WhitenedLayer
 
 __all__ = ["Setting", "parameter_like", "plain_twin", "setting_for", "whitened_twin"]
 
