@@ -204,7 +204,7 @@ def test_fsdp2_is_one_process_with_the_joined_batch(both: list[dict[str, Any]]) 
 def test_maps_of_different_sizes_are_weighted_by_their_patches(both: list[dict[str, Any]]) -> None:
     layer, xs = sized_layer(), [sized(rank).requires_grad_() for rank in range(2)]
     whitening = layer.whitening
-    samples = [whitening.sample(x, max_samples=None, turn=whitening.num_updates) for x in xs]
+    samples = [whitening.estimator.sample(x, max_samples=None, turn=whitening.num_updates) for x in xs]
     everywhere = [F.unfold(x, 3, padding=1).mT.flatten(0, 1) for x in xs]
     mean = torch.cat(everywhere).mean(0)
     (cov,) = patch_moments(torch.cat([sample.rows for sample in samples]), whitening.blocks).covs

@@ -48,6 +48,7 @@ def train_both(kind: Kind, ours: Any, eager: Any, steps: range) -> None:
 # Few iterations: each is more graph to compile, and none is like another.
 COMPILED = WhiteningConfig(block_size=3, num_iters=1, max_samples=100)
 PAPER = WhiteningConfig.paper(num_iters=1)
+DETACHED = PAPER.replace(differentiable=False, update_every=2)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,7 @@ PAPER = WhiteningConfig.paper(num_iters=1)
     [
         *(pytest.param(kind, COMPILED, id=name) for name, kind in BY_NAME.items()),
         *(pytest.param(BY_NAME[name], PAPER, id=f"{name}_paper") for name in ("conv2d", "linear")),
+        pytest.param(BY_NAME["conv2d"], DETACHED, id="conv2d_paper_without_gradient"),
     ],
 )
 def test_compiled_once_for_each_kind_of_step(kind: Kind, config: WhiteningConfig, compiled: Any) -> None:
@@ -78,6 +80,21 @@ def test_compiled_once_for_each_kind_of_step(kind: Kind, config: WhiteningConfig
     assert_same_state(layer, eager, **SAME)
     assert int(layer.whitening.num_steps) == 42
     assert layer.whitening.clock.steps == 42
+
+
+def test_autocast_does_not_reach_the_fold_of_a_compiled_layer(compiled: Any) -> None:
+    kind = BY_NAME["conv2d"]
+    layer, eager = kind.layer(COMPILED), kind.layer(COMPILED)
+    gradients = []
+    for parameters in (compiled(layer.whitened_parameters)[0], eager.whitened_parameters):
+        with torch.autocast("cpu", torch.bfloat16):
+            weight, bias = parameters(kind.input())
+        along = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+        (weight.flatten() @ along.flatten() + bias.square().sum()).backward()
+    for mine, theirs in zip(layer.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+        gradients.append(mine.grad)
+    assert len(gradients) == 2
 
 
 def test_a_smaller_last_batch_is_compiled_once_for_all_sizes(compiled: Any) -> None:

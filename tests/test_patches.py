@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from netdeconv import reference as ref
-from netdeconv.functional import Window, gather_patches, mean_patch
+from netdeconv.functional import Window, gather_patches, mean_patch, patches
 
 DRAWS = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -71,7 +72,12 @@ def test_all_positions_are_im2col(drawn: tuple[Tensor, Window]) -> None:
 def test_the_mean_patch_is_the_mean_over_all_positions(drawn: tuple[Tensor, Window]) -> None:
     x, window = drawn
     x = x.sqrt()  # neighbours that are not evenly spaced
-    torch.testing.assert_close(mean_patch(x, window), everywhere(x, window).mean(0), equal_nan=True, **TIGHT)
+    expected = everywhere(x, window).mean(0)
+    channels_last = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    for small in (9 * 4096, 0):
+        with mock.patch.object(patches, "_SMALL", small):
+            for stored in (x, channels_last, x.repeat_interleave(2, -1)[..., ::2]):
+                torch.testing.assert_close(mean_patch(stored, window), expected, equal_nan=True, **TIGHT)
 
 
 def test_the_mean_patch_of_a_line_by_hand() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from netdeconv import ConfigError, WhiteningConfig
 from netdeconv import reference as ref
 from netdeconv.functional import inverse_sqrt
+from netdeconv.functional.constants import without_caching
 from netdeconv.functional.polynomials import chebyshev, quintics
 
 # Largest relative error of the gain over all eigenvalues, as stated beside the coefficients.
@@ -29,13 +30,22 @@ def test_the_gain_is_that_of_the_steps_for_every_eigenvalue(solver: str) -> None
     num_iters, tolerance = FIT[solver]
     a = grid()
     known = torch.tensor([ref.ns_gain(float(value), num_iters) for value in a], dtype=torch.float64)
-    ours = MAPS[solver](a.reshape(-1, 1, 1), torch.ones(1, 1, dtype=a.dtype), num_iters).flatten()
+    ours = MAPS[solver](a.reshape(-1, 1, 1), torch.ones(len(a), 1, 1, dtype=a.dtype), num_iters).flatten()
     error = float((ours / known - 1).abs().max())
     assert tolerance / 2 < error < tolerance
     # One step more or fewer is another map altogether.
     for other in (num_iters - 1, num_iters + 1):
         elsewhere = torch.tensor([ref.ns_gain(float(value), other) for value in a], dtype=torch.float64)
         assert float((ours / elsewhere - 1).abs().max()) > 0.3
+
+
+@every_fit
+def test_term_by_term_is_in_one_pass(solver: str) -> None:
+    x, eye = torch.rand(7, 3, 3, dtype=torch.float64), torch.eye(3, dtype=torch.float64).expand(7, 3, 3)
+    a = x @ x.mT / torch.linalg.matrix_norm(x @ x.mT, keepdim=True)
+    together = MAPS[solver](a, eye, FIT[solver][0])
+    with without_caching():
+        torch.testing.assert_close(MAPS[solver](a, eye, FIT[solver][0]), together)
 
 
 @every_fit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from netdeconv.functional.patches import Window
 
 __all__ = ["Blocks"]
+
+
+def _derived() -> Any:
+    """A field that follows from the others, and is worked out once."""
+    return dataclasses.field(init=False, repr=False, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +40,12 @@ class Blocks:
         interleaved: deal the flattened index out to the blocks in turn, as published, instead of cutting it
             into contiguous pieces; the block size must divide the channels of a group.
         pool_mean: one mean for all blocks of a part, as published, instead of one for every channel and tap.
+
+    Attributes:
+        group_features: length of the flattened index within one group.
+        parts: ``(blocks, features of a block)`` of the part of equal blocks, then of the smaller last one.
+        mean_shape: shape of the remembered mean: one entry per channel and tap, or per pooled feature.
+        root_shapes: shape of the remembered root of every part; the groups come first where there are several.
     """
 
     channels: int
@@ -43,6 +54,25 @@ class Blocks:
     block_size: int
     interleaved: bool = False
     pool_mean: bool = False
+    group_features: int = _derived()
+    parts: tuple[tuple[int, int], ...] = _derived()
+    mean_shape: tuple[int] = _derived()
+    root_shapes: tuple[tuple[int, ...], ...] = _derived()
+
+    def __post_init__(self) -> None:
+        per_group = self.channels // self.groups
+        count, left = divmod(per_group, self.block_size)
+        equal, features = (count, self.block_size * self.taps), per_group * self.taps
+        parts = (equal, (1, left * self.taps)) if left else (equal,)
+        lead = (self.groups,) if self.groups > 1 else ()
+        derived = {
+            "group_features": features,
+            "parts": parts,
+            "mean_shape": (self.groups * (equal[1] if self.pool_mean else features),),
+            "root_shapes": tuple((*lead, size, size) for _, size in parts),
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def plan(cls, channels: int, window: Window, groups: int, block_size: int, grouping: str) -> Blocks:
@@ -61,32 +91,9 @@ class Blocks:
         return cls(channels, window.taps, groups, block_size, interleaved=bool(window.kernel_size), pool_mean=True)
 
     @property
-    def group_features(self) -> int:
-        """Length of the flattened index within one group."""
-        return self.channels // self.groups * self.taps
-
-    @property
-    def parts(self) -> tuple[tuple[int, int], ...]:
-        """``(blocks, features of a block)`` of the part of equal blocks, then of the smaller last one."""
-        count, left = divmod(self.channels // self.groups, self.block_size)
-        equal = (count, self.block_size * self.taps)
-        return (equal, (1, left * self.taps)) if left else (equal,)
-
-    @property
     def single(self) -> bool:
         """Whether everything is whitened together."""
         return self.groups == 1 and self.parts == ((1, self.group_features),)
-
-    @property
-    def mean_shape(self) -> tuple[int]:
-        """Shape of the remembered mean: one entry per channel and tap, or per pooled feature."""
-        return (self.groups * (self.parts[0][1] if self.pool_mean else self.group_features),)
-
-    @property
-    def root_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shape of the remembered root of every part; the groups come first where there are several."""
-        lead = (self.groups,) if self.groups > 1 else ()
-        return tuple((*lead, size, size) for _, size in self.parts)
 
     def split(self, x: Tensor) -> list[Tensor]:
         """Cut ``(..., group_features)`` into parts of shape ``(..., blocks, features)``."""

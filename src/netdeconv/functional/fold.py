@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.autograd.function import Function, FunctionCtx
+from torch.autograd.function import Function
 
+from netdeconv.functional.precision import without_autocast
 from netdeconv.functional.products import times_root
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def fold(
     Source: Ye et al. 2020, section 3.4 (implicit deconvolution).
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device.type):
         grouped = weight.to(dtype).reshape(blocks.groups, -1, blocks.group_features)
         spread = blocks.spread_mean(mean.to(dtype))
         exact = [root.to(dtype) for root in roots]
@@ -76,25 +77,20 @@ class _Fold(Function):
     passes, each into memory of its own.
     """
 
-    @staticmethod
-    def forward(blocks: Blocks, grouped: Tensor, mean: Tensor, *roots: Tensor) -> tuple[Tensor, Tensor]:
+    @staticmethod  # not in two parts, with setup_context: torch takes longer to call that than the product takes
+    def forward(ctx: Any, blocks: Blocks, grouped: Tensor, mean: Tensor, *roots: Tensor) -> tuple[Tensor, Tensor]:
         folded = _times_roots(grouped, roots, blocks, _product(blocks))
+        # What only the gradients of mean and root need is kept only where there are such gradients.
+        _, _, for_mean, *for_roots = ctx.needs_input_grad
+        ctx.blocks = blocks
+        ctx.save_for_backward(mean, *roots, *((folded,) if for_mean else ()), *((grouped,) if any(for_roots) else ()))
         return folded, _shift(folded, mean)
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        blocks, grouped, mean, *roots = inputs
-        needed: Any = ctx
-        needed.blocks = blocks
-        # What only the gradients of mean and root need is kept only where there are such gradients.
-        _, _, for_mean, *for_roots = needed.needs_input_grad
-        ctx.save_for_backward(
-            mean, *roots, *((output[0],) if for_mean else ()), *((grouped,) if any(for_roots) else ())
-        )
-
-    @staticmethod
     def backward(ctx: Any, grad_folded: Tensor, grad_shift: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad_folded.device.type, enabled=False):  # somebody may call backward inside of one
+        # Somebody may call backward inside of autocast, and a compiler traces it as if somebody did: so without a look
+        # at whether autocast is on now.
+        with torch.autocast(grad_folded.device.type, enabled=False):
             return _Fold._gradients(ctx, grad_folded, grad_shift)
 
     @staticmethod
@@ -130,6 +126,9 @@ def _times_roots(
     grouped: Tensor, roots: Sequence[Tensor], blocks: Blocks, product: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     """(groups, out, features of the group) times the symmetric root of each part."""
+    if len(roots) == 1 and not blocks.interleaved:
+        rows = grouped.reshape(blocks.groups, -1, roots[0].shape[-1])
+        return product(rows, roots[0]).reshape(grouped.shape)
     parts = [
         product(_rows(part), root).reshape(part.shape)
         for part, root in zip(blocks.split(grouped), roots, strict=True)

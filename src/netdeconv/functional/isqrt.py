@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from netdeconv.errors import NumericalError, ShapeError
 from netdeconv.functional.polynomials import CHEBYSHEV, QUINTICS, chebyshev, newton_schulz, quintics
+from netdeconv.functional.precision import without_autocast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +66,7 @@ def inverse_sqrt(cov: Tensor, *, num_iters: int = 5, solver: str = "auto") -> Te
         raise ValueError(f"inverse_sqrt: expected num_iters >= 1, got {num_iters}. The published number is 5.")
     solver = chosen_solver(solver, num_iters)
     dtype = torch.promote_types(cov.dtype, torch.float32)
-    with torch.autocast(cov.device.type, enabled=False):
+    with without_autocast(cov.device.type):
         scaled, scale = _normalise(cov.to(dtype))
         root = _eigh(scaled) if solver == "eigh" else _iterated_matrix(scaled, num_iters, solver)
         return (root * scale.rsqrt()).to(cov.dtype)
@@ -103,7 +104,7 @@ def chosen_solver(solver: str, num_iters: int) -> str:
     return solver
 
 
-def iterated(a: Any, eye: Any, num_iters: int, solver: str) -> Any:
+def iterated(a: Tensor, eye: Tensor, num_iters: int, solver: str) -> Tensor:
     """The map of one of the iterations; for what a and eye may be see :func:`polynomials.newton_schulz`."""
     return {"chebyshev": chebyshev, "quintic": quintics, "newton_schulz": newton_schulz}[solver](a, eye, num_iters)
 
@@ -115,9 +116,10 @@ def too_many_for_tf32(a: Tensor, num_iters: int) -> bool:
 
 def _iterated_matrix(a: Tensor, num_iters: int, solver: str) -> Tensor:
     exact = a.double() if too_many_for_tf32(a, num_iters) else a
-    eye = torch.eye(a.shape[-1], dtype=exact.dtype, device=a.device)
-    root: Tensor = iterated(exact, eye, num_iters, solver)
-    return root.to(a.dtype)
+    exact = exact if a.dim() == 2 else exact.flatten(0, -3)
+    eye = torch.eye(a.shape[-1], dtype=exact.dtype, device=a.device).expand_as(exact)
+    root = iterated(exact, eye, num_iters, solver)
+    return root.to(a.dtype).reshape(a.shape)
 
 
 def _eigh(a: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from netdeconv.functional.precision import without_autocast
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -16,7 +18,7 @@ __all__ = ["Moments", "patch_moments"]
 
 class Moments(NamedTuple):
     """Moments of patches: ``mean`` flat as ``blocks.mean_shape``, one covariance per part, the rows that were
-    looked at, and how many patches they stand for (a 0-dim tensor).
+    looked at, and how many patches they stand for (a 0-dim tensor where that is the sum of weights).
 
     In place of the covariance of few rows may stand a factor of it, ``cov = factor^T factor``: the centred rows divided
     by the root of their number, fewer than features.
@@ -25,7 +27,7 @@ class Moments(NamedTuple):
     mean: Tensor
     covs: tuple[Tensor, ...]
     rows: int
-    total: Tensor
+    total: Tensor | int
 
 
 def patch_moments(
@@ -44,7 +46,7 @@ def patch_moments(
         patches: flattened patches.
         blocks: how they are cut.
         weights: how many patches each row stands for; ``None`` for one each.
-        factored: factors instead of covariances for parts with at most half as many rows as features; not with
+        factored: factors instead of covariances for parts with at most a quarter as many rows as features; not with
             weights or groups.
 
     Source: Ye et al. 2020, algorithm 1, lines 3 and 4.
@@ -53,8 +55,8 @@ def patch_moments(
     x = patches.to(torch.promote_types(patches.dtype, torch.float32)).reshape(
         rows, blocks.groups, blocks.group_features
     )
-    with torch.autocast(x.device.type, enabled=False):
-        total = x.new_full((), rows) if weights is None else weights.sum().to(x.dtype)
+    with without_autocast(x.device.type):
+        total = rows if weights is None else weights.sum().to(x.dtype)
         share = None if weights is None else weights.to(x.dtype) / total
         if blocks.pool_mean:
             (part,) = blocks.split(x)
@@ -79,7 +81,7 @@ def _mean(x: Tensor, share: Tensor | None) -> Tensor:
 
 def _is_short(part: Tensor) -> bool:
     rows, groups, count, size = part.shape
-    return groups == 1 and 2 * rows * count <= size
+    return groups == 1 and 4 * rows * count <= size
 
 
 def _factor(part: Tensor) -> Tensor:

@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from netdeconv.functional.constants import cached_constant
+from netdeconv.functional.precision import without_autocast
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
 __all__ = ["Window", "gather_patches", "mean_patch"]
+
+_SMALL = 9 * 4096  # taps times positions, up to which one matrix for all of them is small beside most maps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +44,21 @@ class Window:
         """Positions of the kernel."""
         return math.prod(self.kernel_size)
 
+    @property
+    def sees_all_once(self) -> bool:
+        """Whether every entry of the map is looked at by itself and once; so is every row without a map."""
+        return self.taps == 1 and all(stride == 1 for stride in self.stride) and not any(map(any, self.padding))
+
     def output_size(self, size: Sequence[int]) -> tuple[int, ...]:
         """Positions of the window along every dimension of an input of this spatial size."""
-        return tuple(
-            (length + sum(pads) - dilation * (kernel - 1) - 1) // stride + 1
-            for length, kernel, stride, dilation, pads in zip(
-                size, self.kernel_size, self.stride, self.dilation, self.padding, strict=True
-            )
-        )
+        if len(size) != len(self.kernel_size):
+            raise ValueError(f"Window: expected a size of {len(self.kernel_size)} dimensions, got {tuple(size)}.")
+        return tuple(self.output_length(dim, length) for dim, length in enumerate(size))
+
+    def output_length(self, dim: int, length: int) -> int:
+        """Positions along one dimension of an input that is so long there."""
+        reach = self.dilation[dim] * (self.kernel_size[dim] - 1) + 1
+        return (length + sum(self.padding[dim]) - reach) // self.stride[dim] + 1
 
     def edges(self, size: Sequence[int]) -> tuple[tuple[int, int], ...]:
         """Along every dimension, how many of the first and of the last positions reach into the padding."""
@@ -97,14 +109,43 @@ def mean_patch(x: Tensor, window: Window) -> Tensor:
 
     Shapes: x ``(N, C, *spatial)`` -> ``(C * taps,)``, in float32 at least, also under autocast.
     """
-    mean = x.mean(0, dtype=torch.promote_types(x.dtype, torch.float32))
-    for dim, positions in enumerate(window.output_size(x.shape[2:])):
-        length = x.shape[2 + dim]
-        index, here = _tap_index(window, dim, torch.arange(positions, device=x.device), length)
-        shares = mean.new_zeros(length, index.shape[1]).scatter_add_(0, index, here.to(mean.dtype) / positions)
-        with torch.autocast(x.device.type, enabled=False):
-            mean = mean.movedim(1, -1) @ shares
-    return mean.flatten()
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    size, channels = x.shape[2:], x.shape[1]
+    if window.sees_all_once:
+        return x.mean((0, *range(2, x.dim())), dtype=dtype)
+    channels_last = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    # The mean image keeps the order that x has in memory: a sum over images that jumps about is many times slower.
+    mean = (x.movedim(1, -1) if channels_last else x).mean(0, dtype=dtype)
+    with without_autocast(x.device.type):
+        if window.taps * math.prod(size) <= _SMALL:
+            shares = _map_shares(window, tuple(size), dtype, x.device)
+            mean = shares @ mean.flatten(0, -2) if channels_last else mean.flatten(1) @ shares.mT
+        else:
+            before, behind = 1 if channels_last else channels, mean.numel() // (1 if channels_last else channels)
+            for dim, length in enumerate(size):
+                behind //= length
+                shares = _tap_shares(window, dim, length, dtype, x.device)
+                mean = shares @ mean.reshape(before, length, behind)
+                before *= window.kernel_size[dim]
+    return (mean.reshape(window.taps, channels).T if channels_last else mean).flatten()
+
+
+@cached_constant
+def _map_shares(window: Window, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``(taps, positions of the map)``: :func:`_tap_shares` of all dimensions, multiplied."""
+    shares = torch.ones(1, 1, dtype=dtype, device=device)
+    for dim, length in enumerate(size):
+        shares = torch.kron(shares, _tap_shares(window, dim, length, dtype, device))
+    return shares
+
+
+@cached_constant
+def _tap_shares(window: Window, dim: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``(taps, length)``: at which share of the positions along a dimension a tap sees each entry."""
+    positions = window.output_length(dim, length)
+    index, here = _tap_index(window, dim, torch.arange(positions, device=device), length)
+    seen = (index.T.unsqueeze(-1) == torch.arange(length, device=device)) & here.T.unsqueeze(-1)
+    return seen.sum(1) / torch.full((), positions, dtype=dtype, device=device)
 
 
 def _tap_index(window: Window, dim: int, positions: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,10 @@ The coefficients are printed by ``tools/fit_inverse_sqrt.py``; a test compares t
 
 from __future__ import annotations
 
-from typing import Any
+import torch
+from torch import Tensor
+
+from netdeconv.functional.constants import cached_constant, caching_is_unsafe
 
 __all__ = ["CHEBYSHEV", "QUINTICS", "chebyshev", "newton_schulz", "quintics"]
 
@@ -33,46 +36,73 @@ QUINTICS = {
 }
 
 
-def newton_schulz(a: Any, eye: Any, num_iters: int) -> Any:
+def newton_schulz(a: Tensor, eye: Tensor, num_iters: int) -> Tensor:
     """The coupled iteration, without the products whose factor is the identity or whose result is unused.
 
-    Like the other maps it takes a of Frobenius norm one, and the identity, of any kind that has sums, products, and
-    multiples by a number: matrices, or what stands for them.
+    Like the other maps it takes a of Frobenius norm one, and the identity: matrices ``(n, n)``, or equally many of them
+    ``(batch, n, n)``.
     """
-    step = 1.5 * eye - 0.5 * a
+    (step,) = _combined(((1.5, -0.5),), (eye, a))
     y, z = a, step
     for _ in range(num_iters - 1):
         y = y @ step
-        step = 1.5 * eye - 0.5 * (z @ y)
+        step = _product(-0.5, z, y, 1.5, eye)
         z = step @ z
     return z
 
 
-def chebyshev(a: Any, eye: Any, num_iters: int) -> Any:
+def chebyshev(a: Tensor, eye: Tensor, num_iters: int) -> Tensor:
     """The map of 5 steps, in 6 products in place of 12.
 
     Paterson and Stockmeyer's scheme in the Chebyshev basis: three products for T_2 to T_4, three for Horner's rule.
     """
-    pieces = CHEBYSHEV[num_iters]
-    t1 = 2.0 * a - eye
-    t2 = 2.0 * (t1 @ t1) - eye
-    t3 = 2.0 * (t1 @ t2) - t1
-    t4 = 2.0 * (t2 @ t2) - eye
-    root = None
-    for c0, c1, c2, c3 in reversed(pieces):
-        piece = c0 * eye + c1 * t1 + c2 * t2 + c3 * t3
-        root = piece if root is None else root @ t4 + piece
+    (t1,) = _combined(((-1.0, 2.0),), (eye, a))
+    t2 = _product(2.0, t1, t1, -1.0, eye)
+    t3 = _product(2.0, t1, t2, -1.0, t1)
+    t4 = _product(2.0, t2, t2, -1.0, eye)
+    *lower, root = _combined(CHEBYSHEV[num_iters], (eye, t1, t2, t3))
+    for piece in reversed(lower):
+        root = _product(1.0, root, t4, 1.0, piece)
     return root
 
 
-def quintics(a: Any, eye: Any, num_iters: int) -> Any:
+def quintics(a: Tensor, eye: Tensor, num_iters: int) -> Tensor:
     """The map of 15 steps, in 17 products in place of 42; coupled as Newton-Schulz is."""
     y, z = a, None
     steps = QUINTICS[num_iters]
     for last, (c0, c1, c2) in enumerate(steps, 1 - len(steps)):
         m = y if z is None else z @ y
-        step = c0 * eye + c1 * m + c2 * (m @ m)
+        (low,) = _combined(((c0, c1),), (eye, m))
+        step = _product(c2, m, m, 1.0, low)
         z = step if z is None else step @ z
         if last:
             y = y @ step
+    assert z is not None
     return z
+
+
+def _product(factor: float, x: Tensor, y: Tensor, share: float, plus: Tensor) -> Tensor:
+    """``factor * x @ y + share * plus``, in one operator."""
+    return (torch.addmm if x.dim() == 2 else torch.baddbmm)(plus, x, y, beta=share, alpha=factor)
+
+
+def _combined(table: tuple[tuple[float, ...], ...], terms: tuple[Tensor, ...]) -> list[Tensor]:
+    """For every row of the table the sum of the terms with these coefficients."""
+    # Term by term where a compiler makes one pass of it, or a CUDA graph would not bear the table coming from the CPU.
+    if len(table) == 1 or caching_is_unsafe():
+        return [_sum(coefficients, terms) for coefficients in table]
+    together = torch.stack(terms)  # one pass over all of them
+    sums = _matrix(table, together.dtype, together.device) @ together.reshape(len(terms), -1)
+    return list(sums.reshape(len(table), *terms[0].shape))
+
+
+def _sum(coefficients: tuple[float, ...], terms: tuple[Tensor, ...]) -> Tensor:
+    total = coefficients[0] * terms[0]
+    for coefficient, term in zip(coefficients[1:], terms[1:], strict=True):
+        total = torch.add(total, term, alpha=coefficient)
+    return total
+
+
+@cached_constant
+def _matrix(table: tuple[tuple[float, ...], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(table, dtype=dtype, device=device)

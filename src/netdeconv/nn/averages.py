@@ -1,20 +1,58 @@
-"""Running averages, in place: of means, and of inverse roots, whose gains are averaged as variances."""
+"""Running averages: of means, and of inverse roots, whose gains are averaged as variances."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["blend", "blend_root"]
+from netdeconv.config import WhiteningConfig
+
+__all__ = ["blend", "blended", "blended_root", "update_share", "update_weight"]
 
 
-def blend(running: Tensor, new: Tensor, weight: Tensor) -> None:
-    """Replace this share of a running value, in place, by a new one; computed in the new one's dtype."""
-    running.copy_(torch.lerp(running.to(new.dtype), new, weight.to(new.dtype)))
+def update_share(config: WhiteningConfig, waited: Any, updates: Any, steps: Any) -> Any:
+    """Share in the running values of what waited so long, the last of ``updates`` in ``steps`` training steps.
+
+    Numbers or tensors; see :class:`netdeconv.nn.Whitening` for what they mean.
+    """
+    momentum = config.momentum
+    if momentum is None:
+        return waited / steps
+    new = 1 - (1 - momentum) ** ((waited + 1) / 2)
+    if not config.debias:
+        return new
+    seen = 1 - (1 - momentum) ** ((steps + updates) / 2)
+    least = torch.finfo(torch.float32).tiny  # a momentum near zero sees nothing
+    return new / (seen.clamp(min=least) if isinstance(seen, Tensor) else max(seen, least))
 
 
-def blend_root(running: Tensor, new: Tensor, weight: Tensor) -> None:
-    """:func:`blend` for ``1 / gain**2`` of every feature, and for a root of which all gains are 1.
+def update_weight(
+    config: WhiteningConfig, dtype: torch.dtype, waited: Tensor, updates: Tensor, steps: Tensor, remembered: Tensor
+) -> Tensor:
+    """:func:`update_share` by counters on a device; with nothing remembered all of it, whatever was left out before."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    found: Tensor = update_share(config, waited.to(dtype), updates.to(dtype), steps.to(dtype))
+    biased = config.momentum is not None and not config.debias
+    return found if biased else torch.where(remembered > 0, found, torch.ones_like(found))
+
+
+def blend(running: Tensor, new: Tensor, weight: Tensor | float) -> None:
+    """:func:`blended`, in place."""
+    if running.dtype == new.dtype:
+        running.lerp_(new, weight.to(new.dtype) if isinstance(weight, Tensor) else weight)
+    else:
+        running.copy_(blended(running, new, weight))
+
+
+def blended(running: Tensor, new: Tensor, weight: Tensor | float) -> Tensor:
+    """A running value of which this share is replaced by a new one; in the new one's dtype."""
+    return torch.lerp(running.to(new.dtype), new, weight.to(new.dtype) if isinstance(weight, Tensor) else weight)
+
+
+def blended_root(running: Tensor, new: Tensor, weight: Tensor) -> Tensor:
+    """:func:`blended` for ``1 / gain**2`` of every feature, and for a root of which all gains are 1.
 
     The gain of a feature is its entry on the diagonal. Where rounding has made one negative there is nothing to divide
     by, and it is blended as it is.
@@ -24,8 +62,8 @@ def blend_root(running: Tensor, new: Tensor, weight: Tensor) -> None:
     largest = torch.finfo(new.dtype).max ** 0.5  # its square stays finite
     ratio = torch.where((before > 0) & (now > 0), before / now, torch.ones_like(now)).clamp(max=largest)
     gain = torch.lerp(torch.ones_like(ratio), ratio.square(), weight).rsqrt()  # of the average, over the old one
-    blended = _scaled(torch.lerp(old, _scaled(new, ratio), weight), gain)
-    running.copy_(torch.where(weight < 1, blended, new))  # the first one stays what it is, to the last bit
+    average = _scaled(torch.lerp(old, _scaled(new, ratio), weight), gain)
+    return torch.where(weight < 1, average, new)  # the first one stays what it is, to the last bit
 
 
 def _gains(root: Tensor) -> Tensor:

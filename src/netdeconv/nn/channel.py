@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from netdeconv.errors import ShapeError
 from netdeconv.functional import Window
+from netdeconv.functional.precision import without_autocast
 from netdeconv.nn.layer import check_at_least_one, check_channels, check_floating
 from netdeconv.nn.whitening import Whitening
 
@@ -68,7 +69,7 @@ class ChannelWhitening(nn.Module):
         mean, roots = self.whitening(flat)
         blocks = self.whitening.blocks
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             centred = flat.movedim(1, -1).to(dtype) - blocks.spread_mean(mean.to(dtype)).flatten()
             parts = [part @ root.to(dtype) for part, root in zip(blocks.split(centred), roots, strict=True)]
             white = blocks.join(parts).movedim(-1, 1)

@@ -59,6 +59,8 @@ class _WhitenedConv(WhitenedLayer):
         super().__init__(in_channels, out_channels, kernel_size, **shape, device=device, dtype=dtype)
         if whitening is None and is_depthwise(in_channels, groups):
             whitening = WhiteningConfig().for_depthwise()
+        sample = f"{in_channels}, {', '.join(self._spatial)})"
+        self._expected = f"(N, {sample} or ({sample}"  # made here, as it is wanted at every step
         self.whitening = Whitening(
             in_channels, _window_of(self), groups, whitening, device=device, dtype=dtype, label=label
         )
@@ -67,15 +69,13 @@ class _WhitenedConv(WhitenedLayer):
         x = input
         label, dims = self.whitening.label, len(self._spatial)
         check_floating(x, label, self.weight.dtype)
-        one = f"({self.in_channels}, {', '.join(self._spatial)})"
-        many = f"(N, {one[1:]}"
         if x.dim() not in (dims + 1, dims + 2):
             raise ShapeError(
-                f"{label}: expected x of shape {many} or {one}, got {tuple(x.shape)} with {x.dim()} dimensions. "
+                f"{label}: expected x of shape {self._expected}, got {tuple(x.shape)} with {x.dim()} dimensions. "
                 "Add the missing ones with x.unsqueeze(0), or use the layer for this number of dimensions."
             )
-        check_channels(x, -1 - dims, self.in_channels, f"{many} or {one}", label)
-        check_fits(x, self.whitening.window, f"{many} or {one}", label)
+        check_channels(x, -1 - dims, self.in_channels, self._expected, label)
+        check_fits(x, self.whitening.window, self._expected, label)
         weight, bias = self.whitened_parameters(x if x.dim() == dims + 2 else x.unsqueeze(0))
         output: Tensor = self._conv_forward(x, weight, bias)
         return output

@@ -12,6 +12,7 @@ from torch.autograd import Function
 
 from netdeconv.errors import StatisticsError
 from netdeconv.functional import Blocks, Moments
+from netdeconv.functional.precision import without_autocast
 
 __all__ = ["check_same_mode", "distributed", "joined_moments"]
 
@@ -60,7 +61,7 @@ def joined_moments(
     """
     if not distributed(process_group):
         return list(several)
-    with torch.autocast(about.device.type, enabled=False):
+    with without_autocast(about.device.type):
         # An empty share still takes part, in the backward pass too, or the others would wait for it.
         shares = [moments if moments.rows else _without_nan(moments) for moments in several]
         sums = [_sums(share, blocks, about) for share in shares]
@@ -75,7 +76,8 @@ def _without_nan(moments: Moments) -> Moments:
 
 def _sums(moments: Moments, blocks: Blocks, about: Tensor) -> Tensor:
     """Count, and sums over the rows about ``about`` of what there are moments of, in one vector."""
-    count = moments.total.reshape(1)
+    total = moments.total
+    count = total.reshape(1) if isinstance(total, Tensor) else moments.mean.new_full((1,), total)
     away = moments.mean - about.to(moments.mean.dtype)
     squares = zip(moments.covs, blocks.outer(away), strict=False)
     return torch.cat([count, away * count, *((cov + square).flatten() * count for cov, square in squares)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -12,19 +11,10 @@ from torch import Tensor, nn
 
 from netdeconv.config import WhiteningConfig
 from netdeconv.errors import NonFiniteWarning, StatisticsError
-from netdeconv.functional import (
-    Blocks,
-    Moments,
-    Sample,
-    Window,
-    corner_patches,
-    inverse_sqrt,
-    inverse_sqrt_of_rows,
-    mean_patch,
-    patch_moments,
-    spread_patches,
-)
-from netdeconv.nn.averages import blend, blend_root
+from netdeconv.functional import Blocks, Moments, Window
+from netdeconv.nn.averages import blend, update_share, update_weight
+from netdeconv.nn.estimator import Estimator
+from netdeconv.nn.refresh import Counters, all_finite, averaged_roots, opaque_refresh
 from netdeconv.nn.schedule import Clock
 from netdeconv.nn.sync import check_same_mode, distributed, joined_moments
 
@@ -86,9 +76,7 @@ class Whitening(nn.Module):
     ) -> None:
         super().__init__()
         self.label = label
-        self.config = WhiteningConfig() if config is None else config
-        self.window = window
-        self.blocks = Blocks.plan(channels, window, groups, self.config.block_size, self.config.grouping)
+        self.estimator = Estimator(channels, window, groups, WhiteningConfig() if config is None else config)
         self.frozen = False
         self.process_group: Any = None
         self.register_buffer("running_mean", torch.empty(self.blocks.mean_shape, device=device, dtype=dtype))
@@ -112,6 +100,25 @@ class Whitening(nn.Module):
     def _roots(self, kind: str) -> tuple[Tensor, ...]:
         """The roots kept in the buffers of this kind, one for every part of ``blocks``."""
         return tuple(getattr(self, name) for name in self._names(kind))
+
+    def _last_roots(self) -> tuple[Tensor, ...]:
+        """Those of the last refresh, if they are kept."""
+        return self._roots("last") if "last" in self._kinds else ()
+
+    @property
+    def config(self) -> WhiteningConfig:
+        """All settings; they cannot be changed, as buffers and schedule are made for them."""
+        return self.estimator.config
+
+    @property
+    def blocks(self) -> Blocks:
+        """How the patches are cut."""
+        return self.estimator.blocks
+
+    @property
+    def window(self) -> Window:
+        """What the layer looks at."""
+        return self.estimator.window
 
     def reset_statistics(self) -> None:
         """Forget everything: zero mean, identity root, all counters zero."""
@@ -150,7 +157,13 @@ class Whitening(nn.Module):
             return _kept(self.running_mean), tuple(_kept(root) for root in self._roots(self._kinds[-1]))
         again = _in_backward()  # activation checkpointing runs the forward a second time
         due = self.clock.was_due if again else self.clock.due
-        mean, roots = self._step(x, due, again)
+        x = x if self.config.differentiable else x.detach()
+        if not due:
+            mean, roots = self._ordinary(x, again)
+        elif torch.compiler.is_compiling() and not shared and self._may_be_opaque():
+            mean, roots = self._opaque_refresh(x)
+        else:
+            mean, roots = self._refresh(x, again)
         if not again:
             self.num_steps.add_(1)
             self.clock.advance()
@@ -191,105 +204,91 @@ class Whitening(nn.Module):
         self._ready = bool(self.num_updates > 0)
         return self._ready
 
-    def _step(self, x: Tensor, due: bool, again: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Mean of this batch; root of this batch when due; remembered values in place of any that are not finite."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.differentiable):
-            moments = self._moments(x if self.config.differentiable else x.detach(), due, again)
-            fresh = (moments.mean, *map(self._root_of, moments.covs))
-            finite = torch.stack([value.isfinite().all() for value in fresh]).all()
-            mean, *roots = (
-                torch.where(finite, value, running.to(value.dtype))
-                for value, running in zip(fresh, (self.running_mean, *self._roots("running")), strict=False)
-            )
+    def _ordinary(self, x: Tensor, again: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Mean of this batch, or the remembered one where it is not finite; root of the last refresh."""
+        mean = self._joined(self.estimator.mean_of(x))[0].mean
+        finite = all_finite((mean,))
+        mean = torch.where(finite, mean, self.running_mean.to(mean.dtype))
         if not again:
-            self._remember(mean.detach(), [root.detach() for root in roots], finite)
-        return mean, tuple(roots) if due else tuple(_kept(root) for root in self._roots("last"))
+            self._remember_mean(mean.detach(), finite, due=False)
+        return mean, tuple(_kept(root) for root in self._roots("last"))
 
-    def _moments(self, x: Tensor, due: bool, again: bool) -> Moments:
-        """Mean, and the covariances of a sample of patches when due."""
-        if due and self.config.sampling == "corner":
-            return self._joined(self._moments_of(self.sample(x)))[0]
-        moments = self.mean_of(x)
-        if not due:
-            return self._joined(moments)[0]
-        sample = self.sample(x, max_samples=self.config.max_samples, turn=self.num_updates - int(again))
-        moments, sampled = self._joined(moments, self._moments_of(sample))
+    def _refresh(self, x: Tensor, again: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Mean and root of this batch, or the remembered ones where they are not finite."""
+        moments = self._moments(x, self.num_updates - 1 if again else self.num_updates)
+        fresh = (moments.mean, *map(self.estimator.root_of, moments.covs))
+        finite = all_finite(fresh)
+        mean, *roots = (
+            torch.where(finite, value, running.to(value.dtype))
+            for value, running in zip(fresh, (self.running_mean, *self._roots("running")), strict=True)
+        )
+        if not again:
+            self._remember_mean(mean.detach(), finite, due=True)
+            detached = [root.detach() for root in roots]
+            averages = averaged_roots(self.config, detached, self._roots("running"), self._counters())
+            self._remember_roots(detached, averages, finite)
+        return mean, tuple(roots)
+
+    def _opaque_refresh(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """:meth:`_refresh` for a compiler that does not have to look inside."""
+        mean = self.estimator.mean_of(x).mean
+        running, counters = self._roots("running"), self._counters()
+        roots, averages, finite = opaque_refresh(self.estimator, x, running, counters, all_finite((mean,)))
+        mean = torch.where(finite, mean, self.running_mean.to(mean.dtype))
+        self._remember_mean(mean, finite, due=True)
+        self._remember_roots(roots, averages, finite)
+        return mean, tuple(roots)
+
+    def _may_be_opaque(self) -> bool:
+        """Whether a compiler need not see into a refresh: no gradient goes through it, no mean comes out of it.
+
+        An eigendecomposition waits for a GPU, which a CUDA graph does not bear.
+        """
+        settings = self.config
+        return not (settings.differentiable or settings.sampling == "corner" or settings.solver == "eigh")
+
+    def _moments(self, x: Tensor, turn: Tensor) -> Moments:
+        """Mean of all patches, and covariances of a sample of them; as published, the sample's mean."""
+        alone = not (self.config.sync and distributed(self.process_group))
+        sampled = self.estimator.sample_moments(x, turn, factored=alone)
+        if self.config.sampling == "corner":
+            return self._joined(sampled)[0]
+        moments, sampled = self._joined(self.estimator.mean_of(x), sampled)
         return sampled._replace(mean=moments.mean)
 
     def _joined(self, *several: Moments) -> Sequence[Moments]:
         shared = self.config.sync
         return joined_moments(several, self.blocks, self.running_mean, self.process_group) if shared else several
 
-    def mean_of(self, x: Tensor) -> Moments:
-        """Moments of all patches of x ``(N, C, *spatial)``, without covariances."""
-        mean = self.blocks.pooled_mean(mean_patch(x, self.window))
-        seen = x.shape[0] * math.prod(self.window.output_size(x.shape[2:]))
-        return Moments(mean, (), x.shape[0], mean.new_full((), seen))
-
-    def sample(self, x: Tensor, *, max_samples: int | None = None, turn: Tensor | None = None) -> Sample:
-        """The patches of x ``(N, C, *spatial)`` that the covariance is of, by ``config.sampling``.
-
-        Args:
-            max_samples, turn: see :func:`netdeconv.functional.spread_patches`.
-        """
-        stride = self.config.sampling_stride
-        if self.config.sampling == "corner":
-            return corner_patches(x, self.window, sampling_stride=stride)
-        if self.config.sampling == "tiles" and self.window.taps > 1:
-            return spread_patches(x, self.window, grid=stride, max_samples=max_samples, turn=turn)
-        # Without a limit every patch, where the stride would only save time.
-        wanted = stride if turn is not None else 1
-        return spread_patches(x, self.window, sampling_stride=wanted, max_samples=max_samples, turn=turn)
-
-    def _moments_of(self, sample: Sample) -> Moments:
-        """With factors instead of covariances where an iteration is shorter on the rows."""
-        alone = not (self.config.sync and distributed(self.process_group))
-        factored = alone and self.config.solver != "eigh"
-        return patch_moments(sample.rows, self.blocks, sample.weights, factored=factored)
-
-    def _root_of(self, cov: Tensor) -> Tensor:
-        """The root of a covariance, or of the one that a factor stands for."""
-        options: dict[str, Any] = {"num_iters": self.config.num_iters, "solver": self.config.solver}
-        if cov.shape[-2] < cov.shape[-1]:
-            return inverse_sqrt_of_rows(cov, eps=self.config.eps, **options)
-        eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
-        return inverse_sqrt(cov + self.config.eps * eye, **options)
-
-    @torch.no_grad()
-    def _remember(self, mean: Tensor, roots: list[Tensor], finite: Tensor) -> None:
-        """Blend into the running values; where not finite, mean and roots are those already."""
-        steps = self.num_steps + 1
-        blend(self.running_mean, mean, self._weight(torch.ones_like(steps), steps, steps))
-        if roots:
-            weight = self._weight(steps - self.last_update, self.num_updates + 1, steps)
-            blend_one = blend_root if self.config.debias else blend
-            for running, root in zip(self._roots("running"), roots, strict=True):
-                blend_one(running, root, weight)
-            for last, root in zip(self._roots("last") if "last" in self._kinds else (), roots, strict=False):
-                last.copy_(torch.where(finite, root.to(last.dtype), last))
-            self.last_update.copy_(torch.where(finite, steps, self.last_update))
-            self.num_updates.add_(finite)
-        self.num_skipped.add_(~finite)
-        if torch.compiler.is_compiling() or finite.is_cuda:
+    def _remember_mean(self, mean: Tensor, finite: Tensor, due: bool) -> None:
+        """Blend a mean, without gradient, into the running one; where not finite, it is that already."""
+        counters = self._counters()
+        if due or not self._ready or torch.compiler.is_compiling():
+            steps = counters.num_steps + 1
+            part = update_weight(self.config, mean.dtype, torch.ones_like(steps), steps, steps, counters.num_updates)
+        else:  # nobody has to ask the device
+            part = update_share(self.config, 1, self.clock.steps + 1, self.clock.steps + 1)
+        blend(self.running_mean, mean, part)
+        if torch.compiler.is_compiling() or finite.device.type != "cpu":  # where to look would mean to wait
+            self.num_skipped.add_(~finite)
             self._ready = True  # looked at again when the mode changes
         elif finite:
             self._ready = True
         else:
+            self.num_skipped.add_(1)
             self._report_skipped()
 
-    def _weight(self, waited: Tensor, updates: Tensor, steps: Tensor) -> Tensor:
-        """Share in the running values of what waited so long, the last of ``updates`` in ``steps`` training steps."""
-        dtype = torch.promote_types(self.running_mean.dtype, torch.float32)
-        if self.config.momentum is None:
-            new, seen = waited.to(dtype), steps.to(dtype)
-        else:
-            keep = torch.full((), 1 - self.config.momentum, dtype=dtype, device=steps.device)
-            new = 1 - keep ** ((waited + 1).to(dtype) / 2)
-            if not self.config.debias:
-                return new
-            seen = 1 - keep ** ((steps + updates).to(dtype) / 2)
-            seen = seen.clamp(min=torch.finfo(dtype).tiny)  # zero only for momentum 0
-        return torch.where(self.num_updates > 0, new / seen, torch.ones_like(new))
+    def _remember_roots(self, roots: Sequence[Tensor], averages: Sequence[Tensor], finite: Tensor) -> None:
+        """Keep the averages, and, if they are finite, the roots of this step as the last ones."""
+        for running, average in zip(self._roots("running"), averages, strict=True):
+            running.copy_(average)
+        for last, root in zip(self._last_roots(), roots, strict=False):
+            last.copy_(torch.where(finite, root.to(last.dtype), last))
+        self.last_update.copy_(torch.where(finite, self.num_steps + 1, self.last_update))
+        self.num_updates.add_(finite)
+
+    def _counters(self) -> Counters:
+        return Counters(self.num_steps, self.last_update, self.num_updates)
 
     def train(self, mode: bool = True) -> Whitening:
         """Switch mode, and bring what Python knows of the counters up to date."""

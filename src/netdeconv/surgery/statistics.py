@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from netdeconv.errors import NumericalError, StatisticsError
-from netdeconv.functional import Moments, Sample, Window, inverse_sqrt, patch_moments
+from netdeconv.functional import Moments, Sample, Window, patch_moments
 from netdeconv.nn import Whitening
 
-__all__ = ["Gathered", "Gatherer", "input_rows", "put", "remember", "root_of"]
+__all__ = ["Gathered", "Gatherer", "input_rows", "put", "remember"]
 
 _CHUNK = 2**24  # numbers in the patches that are held at a time: 64 MB in float32
 _SETTLED = 1e-6  # the weight that the time before the data still has in the running averages
@@ -55,7 +55,7 @@ class Gatherer:
                 moments = patch_moments(sample.rows.double(), self.whitening.blocks, sample.weights)
                 part._add(Gathered(moments.mean, moments.covs, float(moments.total)))
                 if self.whitening.config.sampling != "corner":
-                    part._add_mean(self.whitening.mean_of(images.double()))
+                    part._add_mean(self.whitening.estimator.mean_of(images.double()))
         self.batches += 1
         if part.total == 0:
             return None
@@ -112,9 +112,10 @@ class Gatherer:
 
     def _sample(self, images: Tensor) -> Sample:
         whitening = self.whitening
+        sample = whitening.estimator.sample
         if self.every_position:
-            return whitening.sample(images)
-        return whitening.sample(images, max_samples=whitening.config.max_samples, turn=torch.tensor(self.batches))
+            return sample(images)
+        return sample(images, max_samples=whitening.config.max_samples, turn=torch.tensor(self.batches))
 
 
 def input_rows(x: Tensor, window: Window) -> Tensor:
@@ -122,13 +123,6 @@ def input_rows(x: Tensor, window: Window) -> Tensor:
     if not window.kernel_size:
         return x.reshape(-1, x.shape[-1])
     return x if x.dim() == len(window.kernel_size) + 2 else x.unsqueeze(0)
-
-
-def root_of(whitening: Whitening, cov: Tensor) -> Tensor:
-    """The root that a whitening would compute from a covariance."""
-    config = whitening.config
-    eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
-    return inverse_sqrt(cov + config.eps * eye, num_iters=config.num_iters, solver=config.solver)
 
 
 @torch.no_grad()
@@ -140,7 +134,7 @@ def remember(whitening: Whitening, moments: Gathered, updates: int) -> None:
     Raises:
         NumericalError: they are not finite; what was remembered stays.
     """
-    roots = [root_of(whitening, cov) for cov in moments.covs]
+    roots = [whitening.estimator.root_of(cov) for cov in moments.covs]
     if not all(bool(value.isfinite().all()) for value in (moments.mean, *roots)):
         raise NumericalError(
             f"{whitening.label}: expected finite statistics, got NaN or infinite values over {moments.total:.0f} "

@@ -116,7 +116,7 @@ def whitening_flops(layer: WhitenedConv2d, x: Tensor) -> dict[str, float]:
         x: input, for its shape.
     """
     config = layer.whitening.config
-    rows = len(layer.whitening.sample(x, max_samples=config.max_samples).rows)
+    rows = len(layer.whitening.estimator.sample(x, max_samples=config.max_samples).rows)
     through = config.differentiable
     solver = "newton_schulz" if config.solver == "newton_schulz" else "chebyshev"
     sizes = list(_block_sizes(layer))

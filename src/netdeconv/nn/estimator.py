@@ -1,0 +1,119 @@
+"""What one batch says about the patches that a layer looks at: their mean, their covariance, its inverse root."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from netdeconv.config import WhiteningConfig
+from netdeconv.functional import (
+    Blocks,
+    Moments,
+    Sample,
+    Window,
+    corner_patches,
+    inverse_sqrt,
+    inverse_sqrt_of_rows,
+    mean_patch,
+    patch_moments,
+    spread_patches,
+)
+
+__all__ = ["Estimator"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimator:
+    """Statistics of batches, without any memory of them.
+
+    Args:
+        channels: channels of the layer's input.
+        window: what the layer looks at.
+        groups: convolution groups.
+        config: all settings.
+
+    Attributes:
+        blocks: how the patches are cut.
+        serialized: all of it in one line, from which :meth:`deserialize` makes it again.
+    """
+
+    channels: int
+    window: Window
+    groups: int
+    config: WhiteningConfig
+    blocks: Blocks = dataclasses.field(init=False, repr=False, compare=False)
+    serialized: str = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        size, grouping = self.config.block_size, self.config.grouping
+        plain: dict[str, Any] = {"channels": self.channels, "groups": self.groups}
+        plain |= {name: dataclasses.asdict(getattr(self, name)) for name in ("window", "config")}
+        object.__setattr__(self, "blocks", Blocks.plan(self.channels, self.window, self.groups, size, grouping))
+        object.__setattr__(self, "serialized", json.dumps(plain, default=_plain))
+
+    def mean_of(self, x: Tensor) -> Moments:
+        """Moments of all patches of x ``(N, C, *spatial)``, without covariances."""
+        mean = self.blocks.pooled_mean(mean_patch(x, self.window))
+        return Moments(mean, (), x.shape[0], x.shape[0] * math.prod(self.window.output_size(x.shape[2:])))
+
+    def sample(self, x: Tensor, *, max_samples: int | None = None, turn: Tensor | None = None) -> Sample:
+        """The patches of x ``(N, C, *spatial)`` that the covariance is of, by ``config.sampling``.
+
+        Args:
+            max_samples, turn: see :func:`netdeconv.functional.spread_patches`.
+        """
+        stride = self.config.sampling_stride
+        if self.config.sampling == "corner":
+            return corner_patches(x, self.window, sampling_stride=stride)
+        if self.config.sampling == "tiles" and self.window.taps > 1:
+            return spread_patches(x, self.window, grid=stride, max_samples=max_samples, turn=turn)
+        # Without a limit every patch, where the stride would only save time.
+        wanted = stride if turn is not None else 1
+        return spread_patches(x, self.window, sampling_stride=wanted, max_samples=max_samples, turn=turn)
+
+    def sample_moments(self, x: Tensor, turn: Tensor, *, factored: bool) -> Moments:
+        """Moments of a sample of the size that a refresh takes, another one on every turn.
+
+        Args:
+            x: ``(N, C, *spatial)``.
+            turn: 0-dim integer tensor that counts refreshes.
+            factored: factors instead of covariances where an iteration is shorter on the rows.
+        """
+        if self.config.sampling == "corner":
+            sample = self.sample(x)
+        else:
+            sample = self.sample(x, max_samples=self.config.max_samples, turn=turn)
+        factored = factored and self.config.solver != "eigh"
+        return patch_moments(sample.rows, self.blocks, sample.weights, factored=factored)
+
+    def root_of(self, cov: Tensor) -> Tensor:
+        """The root of a covariance, or of the one that a factor stands for."""
+        options: dict[str, Any] = {"num_iters": self.config.num_iters, "solver": self.config.solver}
+        if cov.shape[-2] < cov.shape[-1]:
+            return inverse_sqrt_of_rows(cov, eps=self.config.eps, **options)
+        eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+        return inverse_sqrt(cov + self.config.eps * eye, **options)
+
+    @classmethod
+    @functools.lru_cache(maxsize=1024)
+    def deserialize(cls, serialized: str) -> Estimator:
+        """What was :attr:`serialized`."""
+        found = json.loads(serialized)
+        window = Window(**{key: _tuples(value) for key, value in found["window"].items()})
+        return cls(found["channels"], window, found["groups"], WhiteningConfig(**found["config"]))
+
+
+def _plain(number: Any) -> Any:
+    """A number of NumPy's as one of Python's."""
+    return number.item()
+
+
+def _tuples(found: Any) -> Any:
+    """JSON has lists where a window has tuples."""
+    return tuple(map(_tuples, found)) if isinstance(found, list) else found
