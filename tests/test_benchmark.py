@@ -307,6 +307,26 @@ def check_step(written: dict[str, Any]) -> None:
     assert all(math.isfinite(r["value"]) for r in written["training"]["ratios"].values())
 
 
+def test_without_the_published_procedure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "measure_in_fresh_process", fake_memory)
+    precisions, evaluate = set(), step.Training.evaluate
+
+    def watched(training: Any) -> Any:
+        precisions.add(torch.get_float32_matmul_precision())
+        return evaluate(training)
+
+    monkeypatch.setattr(step.Training, "evaluate", watched)
+    settings = StepSettings(**TINY, rounds=1, eval_rounds=1, warmup=1, no_paper=True, matmul_precision="high")
+    found, shown, files = command.measure("step", settings, tmp_path, record.Silent())
+    kinds = ["batchnorm", "floor", "default"]
+    assert [list(found["result"][part]["contestants"]) for part in ("training", "evaluation")] == [kinds, kinds]
+    assert list(found["result"]["memory"]) == kinds
+    assert precisions == {"high"}
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert "published" not in shown and "matmul precision high" in shown
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
 _OTHER_LAYOUT = """
 import json, os, sys
 import torch

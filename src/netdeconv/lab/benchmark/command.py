@@ -89,7 +89,7 @@ def measure(name: str, settings: Settings, out: Path, follow: Follower) -> tuple
     """
     from netdeconv.lab.allocator import keep_freed_memory
     from netdeconv.lab.benchmark import record as records
-    from netdeconv.lab.benchmark.contestants import device_of
+    from netdeconv.lab.devices import device_of, matmul_precision
     from netdeconv.lab.running import threads
 
     benchmark = _load(name)
@@ -98,7 +98,7 @@ def measure(name: str, settings: Settings, out: Path, follow: Follower) -> tuple
     result: dict[str, Any] = {}
     if not settings.give_back:
         keep_freed_memory()  # memory itself is measured in processes of their own
-    with threads(settings.threads):
+    with threads(settings.threads), matmul_precision(settings.matmul_precision):
         record = records.describe(name, settings)
         try:
             benchmark.run(settings, follow, result)

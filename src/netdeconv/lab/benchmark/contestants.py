@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import netdeconv
-from netdeconv import ConfigError, WhiteningConfig
+from netdeconv import WhiteningConfig
 from netdeconv.lab.benchmark.settings import MemorySettings, StepSettings
+from netdeconv.lab.devices import device_of
 from netdeconv.lab.networks import network
 from netdeconv.lab.norms import with_norm
 
-__all__ = ["CONTESTANTS", "Training", "device_of", "move_to_step", "network", "steady_step"]
+__all__ = ["CONTESTANTS", "Training", "kinds", "move_to_step", "network", "steady_step"]
 
 CONTESTANTS = {
     "batchnorm": "BatchNorm",
@@ -27,6 +28,11 @@ CONTESTANTS = {
 
 # One batch of noise over and over would soon be learned, or diverge; a step of rate zero costs the same.
 _RATE, _MOMENTUM, _WEIGHT_DECAY = 0.0, 0.9, 5e-4
+
+
+def kinds(settings: MemorySettings) -> list[str]:
+    """Those of :data:`CONTESTANTS` that take part."""
+    return [kind for kind in CONTESTANTS if not (kind == "paper" and settings.no_paper)]
 
 
 def contestant(kind: str, settings: MemorySettings) -> tuple[nn.Module, WhiteningConfig | None]:
@@ -127,14 +133,3 @@ def move_to_step(model: nn.Module, step: int) -> None:
             last = name.removesuffix("num_steps") + "last_update"
             state |= {name: torch.full_like(value, step), last: torch.full_like(value, max(0, step - 1))}
     model.load_state_dict(state, strict=False)
-
-
-def device_of(name: str) -> torch.device:
-    """The device.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no GPU here. Use --device cpu")
-    return torch.device(name)

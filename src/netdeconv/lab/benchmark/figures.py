@@ -32,9 +32,10 @@ def step_figure(result: Mapping[str, Any], title: str) -> Figure:
     panels = figure.subplots(1, 2 + bool(memory), squeeze=False)[0]
     for axes, (name, part) in zip(panels, parts, strict=False):
         ratios = result[part]["ratios"]
-        found = [ratios.get(f"{kind}/batchnorm", {"value": 1.0, "interval": [1.0, 1.0]}) for kind in CONTESTANTS]
+        kinds = list(result[part]["contestants"])
+        found = [ratios.get(f"{kind}/batchnorm", {"value": 1.0, "interval": [1.0, 1.0]}) for kind in kinds]
         reach = [[abs(ratio["interval"][side] - ratio["value"]) for ratio in found] for side in (0, 1)]
-        _bars(axes, [ratio["value"] for ratio in found], reach)
+        _bars(axes, kinds, [ratio["value"] for ratio in found], reach)
         axes.set_title(name)
     if memory:
         _memory_bars(panels[-1], memory, "peak", "Peak memory of training")
@@ -55,13 +56,13 @@ def memory_figure(result: Mapping[str, Any], title: str) -> Figure:
 
 
 def _memory_bars(axes: Axes, memory: Mapping[str, Any], what: str, title: str) -> None:
-    _bars(axes, [memory[kind][f"{what}_ratio"] or 0.0 for kind in CONTESTANTS])
+    _bars(axes, list(memory), [one[f"{what}_ratio"] or 0.0 for one in memory.values()])
     axes.set_title(title)
 
 
-def _bars(axes: Axes, values: Sequence[float], reach: Any = None) -> None:
-    names = [name.replace(" ", "\n") for name in CONTESTANTS.values()]
-    bars = axes.bar(names, values, color=[_BARS[kind] for kind in CONTESTANTS], yerr=reach, capsize=3)
+def _bars(axes: Axes, kinds: Sequence[str], values: Sequence[float], reach: Any = None) -> None:
+    names = [CONTESTANTS[kind].replace(" ", "\n") for kind in kinds]
+    bars = axes.bar(names, values, color=[_BARS[kind] for kind in kinds], yerr=reach, capsize=3)
     axes.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=2, fontsize=9)
     axes.margins(y=0.12)
     axes.axhline(1, color="0.3", linewidth=0.9, linestyle=":")

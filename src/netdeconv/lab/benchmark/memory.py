@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from netdeconv.lab.benchmark.contestants import CONTESTANTS, Training, device_of
+from netdeconv.lab.benchmark.contestants import CONTESTANTS, Training
 from netdeconv.lab.benchmark.settings import MemorySettings
+from netdeconv.lab.devices import device_of, matmul_precision
 from netdeconv.lab.running import threads
 
 __all__ = ["measure", "measure_in_fresh_process", "peak_after", "saved_bytes"]
@@ -152,7 +153,7 @@ def _main() -> None:
     job = json.load(sys.stdin)
     settings = MemorySettings(**job["settings"])
     warnings.simplefilter("ignore")  # those of building a network, which the parent shows
-    with threads(settings.threads):
+    with threads(settings.threads), matmul_precision(settings.matmul_precision):
         print(json.dumps(measure(job["kind"], settings)))
 
 

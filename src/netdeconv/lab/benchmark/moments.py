@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from netdeconv import WhiteningConfig
 from netdeconv.functional import Blocks, Moments, Window, corner_patches, inverse_sqrt, patch_moments, spread_patches
-from netdeconv.lab.benchmark.contestants import device_of
 from netdeconv.lab.benchmark.record import Follower
 from netdeconv.lab.benchmark.settings import MomentsSettings
 from netdeconv.lab.benchmark.timing import Contestant, race
+from netdeconv.lab.devices import device_of
 from netdeconv.lab.report import Table
 
 __all__ = ["activations", "run", "samplings", "tables"]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from netdeconv.functional import SOLVERS, inverse_sqrt
-from netdeconv.lab.benchmark.contestants import device_of
 from netdeconv.lab.benchmark.record import Follower
 from netdeconv.lab.benchmark.settings import RootSettings
 from netdeconv.lab.benchmark.timing import Contestant, race
+from netdeconv.lab.devices import device_of
 from netdeconv.lab.report import Table
 
 __all__ = ["PLAIN", "errors", "newton_schulz_gain", "plain_newton_schulz", "run", "spectrum_matrix", "tables"]

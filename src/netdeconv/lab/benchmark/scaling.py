@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from netdeconv import WhitenedConv2d
-from netdeconv.lab.benchmark.contestants import device_of, move_to_step, steady_step
+from netdeconv.lab.benchmark.contestants import move_to_step, steady_step
 from netdeconv.lab.benchmark.record import Follower
 from netdeconv.lab.benchmark.settings import ScalingSettings
 from netdeconv.lab.benchmark.timing import Contestant, race
+from netdeconv.lab.devices import device_of
 from netdeconv.lab.report import Table
 
 __all__ = ["AXES", "LayerStep", "Point", "layer_steps", "points", "run", "tables"]

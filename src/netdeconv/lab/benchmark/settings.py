@@ -6,6 +6,7 @@ import dataclasses
 import os
 
 from netdeconv import ConfigError
+from netdeconv.lab.devices import DEVICES
 from netdeconv.lab.options import check_fields, option
 
 __all__ = ["MemorySettings", "MomentsSettings", "RootSettings", "ScalingSettings", "Settings", "StepSettings"]
@@ -19,7 +20,12 @@ class Settings:
         ConfigError: a value out of range.
     """
 
-    device: str = option("cpu", "where to compute", choices=("cpu", "cuda"))
+    device: str = option("cpu", "where to compute", choices=DEVICES)
+    matmul_precision: str = option(
+        "highest",
+        "of float32 products, as torch.set_float32_matmul_precision has it; with high, a GPU folds in TF32",
+        choices=("highest", "high", "medium"),
+    )
     threads: int | None = option(None, "CPU threads to compute with; torch's own choice if not given", kind=int)
     seed: int = option(0, "seed of weights and data")
     give_back: bool = option(
@@ -44,6 +50,7 @@ class MemorySettings(Settings):
     batch: int = option(128, "images in a batch")
     size: int = option(32, "height and width of the images")
     dtype: str = option("float32", "bfloat16 computes under autocast", choices=("float32", "bfloat16"))
+    no_paper: bool = option(False, "leave out the published procedure, which takes longest, most of all to compile")
     channels_last: bool = option(False, "keep images and weights with the channels last")
 
 

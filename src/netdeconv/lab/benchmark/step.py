@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from netdeconv.lab.benchmark.contestants import CONTESTANTS, Training, device_of
+from netdeconv.lab.benchmark.contestants import CONTESTANTS, Training, kinds
 from netdeconv.lab.benchmark.memory import measure_in_fresh_process
 from netdeconv.lab.benchmark.record import Follower
 from netdeconv.lab.benchmark.settings import MemorySettings, StepSettings
 from netdeconv.lab.benchmark.timing import Contestant, Race, race, steady_plan
+from netdeconv.lab.devices import device_of
 from netdeconv.lab.report import Table
 
 __all__ = ["headline", "memory_tables", "run", "run_memory", "tables"]
@@ -24,9 +25,9 @@ _BASE = "batchnorm"
 def run(settings: StepSettings, follow: Follower, result: dict[str, Any]) -> None:
     """Time all contestants in turn, then their memory; fills ``result`` as it goes."""
     device = device_of(settings.device)
-    follow.start("building the networks", len(CONTESTANTS))
+    follow.start("building the networks", len(kinds(settings)))
     contestants: dict[str, Training] = {}
-    for kind in CONTESTANTS:
+    for kind in kinds(settings):
         contestants[kind] = Training(kind, settings)
         follow.step()
     _warm_up(contestants, settings, follow)
@@ -43,12 +44,13 @@ def run(settings: StepSettings, follow: Follower, result: dict[str, Any]) -> Non
 
 def run_memory(settings: MemorySettings, follow: Follower, result: dict[str, Any]) -> None:
     """Peak memory of every contestant, each in a fresh process."""
-    follow.start("memory", len(CONTESTANTS))
-    memory = result["memory"] = {}
-    for kind in CONTESTANTS:
+    follow.start("memory", len(kinds(settings)))
+    memory: dict[str, Any] = {}
+    result["memory"] = memory
+    for kind in kinds(settings):
         memory[kind] = measure_in_fresh_process(kind, settings)
         follow.step()
-    for kind in CONTESTANTS:
+    for kind in memory:
         for what in ("peak", "saved"):
             base = memory[_BASE][what]
             memory[kind][f"{what}_ratio"] = memory[kind][what] / base if base else None
@@ -109,7 +111,8 @@ def _evaluation(
 
 
 def _times(found: Race) -> dict[str, Any]:
-    pairs = [(kind, _BASE) for kind in found.times if kind != _BASE] + [("paper", "default")]
+    pairs = [(kind, _BASE) for kind in found.times if kind != _BASE]
+    pairs += [("paper", "default")] if "paper" in found.times else []
     return {
         "contestants": {kind: found.summary(kind) for kind in found.times},
         "ratios": {f"{a}/{b}": found.ratio(a, b) for a, b in pairs},
@@ -123,20 +126,21 @@ def tables(result: Mapping[str, Any]) -> dict[str, Table]:
     if "training" in result:
         part = result["training"]
         rows = []
-        for kind, name in CONTESTANTS.items():
-            times = part["contestants"][kind]
+        for kind, times in part["contestants"].items():
             split = [_ms(times[key]["median"]) if key in times else "" for key in ("ordinary", "refresh")]
-            rows.append((name, _ms(times["step"]), *split, *_against(part, kind)))
+            rows.append((CONTESTANTS[kind], _ms(times["step"]), *split, *_against(part, kind)))
         broken = [CONTESTANTS[kind] for kind, finite in result.get("losses_finite", {}).items() if not finite]
         warning = f" (loss not finite, do not trust: {', '.join(broken)})" if broken else ""
-        rows.append(("published / default", "", "", "", *_ratio(part["ratios"]["paper/default"])))
+        if "paper/default" in part["ratios"]:
+            rows.append(("published / default", "", "", "", *_ratio(part["ratios"]["paper/default"])))
         found[f"Training step, ms{warning}"] = Table(
             ("", "per step", "ordinary", "refresh", "/ BatchNorm", "95 % interval"), rows
         )
     if "evaluation" in result:
         part = result["evaluation"]
         rows = [
-            (name, _ms(part["contestants"][kind]["step"]), *_against(part, kind)) for kind, name in CONTESTANTS.items()
+            (CONTESTANTS[kind], _ms(times["step"]), *_against(part, kind))
+            for kind, times in part["contestants"].items()
         ]
         found["Evaluation, ms"] = Table(("", "per batch", "/ BatchNorm", "95 % interval"), rows)
     return {**found, **memory_tables(result)}
@@ -144,19 +148,19 @@ def tables(result: Mapping[str, Any]) -> dict[str, Table]:
 
 def memory_tables(result: Mapping[str, Any]) -> dict[str, Table]:
     """The table of memory, if it was measured to the end."""
-    memory = result.get("memory", {})
-    if any("peak_ratio" not in memory.get(kind, {}) for kind in CONTESTANTS):
+    memory = result.get("memory")
+    if not memory or any("peak_ratio" not in one for one in memory.values()):
         return {}
     rows = [
         (
-            name,
+            CONTESTANTS[kind],
             f"{memory[kind]['peak'] / _MB:.1f}",
             f"{memory[kind]['peak_ratio']:.3f}",
             f"{memory[kind]['saved'] / _MB:.1f}",
             f"{memory[kind]['saved_ratio']:.3f}",
             f"{memory[kind]['model'] / _MB:.1f}",
         )
-        for kind, name in CONTESTANTS.items()
+        for kind in memory
     ]
     heading = f"Memory of a training step, MB (peak: {memory[_BASE]['how']})"
     return {heading: Table(("", "peak", "/ BatchNorm", "kept for backward", "/ BatchNorm", "model"), rows)}
@@ -169,9 +173,10 @@ def headline(settings: MemorySettings) -> str:
         f", compiled ({settings.compile_mode})" if isinstance(settings, StepSettings) and settings.compile else ""
     )
     layout = ", channels last" if settings.channels_last else ""
+    exactly = "" if settings.matmul_precision == "highest" else f", matmul precision {settings.matmul_precision}"
     return (
         f"{settings.network}{width}, batch {settings.batch}, 3x{settings.size}x{settings.size}, "
-        f"{settings.dtype}{layout}{compiled}"
+        f"{settings.dtype}{layout}{exactly}{compiled}"
     )
 
 
