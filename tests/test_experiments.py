@@ -156,6 +156,7 @@ def test_a_trial_of_few_steps_takes_so_many() -> None:
         """A workspace that keeps nothing."""
 
         progress = None
+        device = "cpu"
 
         def part(self, name: str, settings: Mapping[str, Any], compute: Any) -> dict[str, Any]:
             from netdeconv.lab.progress import Progress, quiet_lightning

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from netdeconv import ConfigError
 from netdeconv.cli import main
 from netdeconv.lab.experiments.experiment import SIZES, Experiment, Picture, Presentation, Workspace
-from netdeconv.lab.experiments.results import carry_out, markdown, outcomes
+from netdeconv.lab.experiments.results import carry_out, markdown, outcomes, setting_line
 from netdeconv.lab.options import check_fields, option
+from netdeconv.lab.progress import Progress
 from netdeconv.lab.report import Table
 
 
@@ -103,6 +105,24 @@ def test_the_record_says_how_the_numbers_came_about(tmp_path: Path) -> None:
     assert {"torch", "netdeconv"} <= record["versions"].keys()
     assert record["machine"]["threads"] >= 1
     assert (tmp_path / "squares" / "squares.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_device_is_part_of_what_numbers_depend_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "squares", "--quiet", "--out", str(tmp_path), "--numbers", "3"]) == 0
+    record = json.loads((tmp_path / "squares" / "result.json").read_text())
+    assert record["device"] == "cpu" and "--device" not in record["command"]
+    gpu = {**record, "device": "cuda", "machine": {**record["machine"], "gpu": "a large one"}}
+    assert setting_line(gpu).startswith(f"{record['command']}; a large one, ")
+    if not torch.cuda.is_available():
+        assert main(["reproduce", "squares", "--out", str(tmp_path), "--device", "cuda"]) == 2
+        assert "torch finds no GPU here" in capsys.readouterr().err
+    only_here = dataclasses.replace(EXPERIMENT, devices=("cpu",))
+    with pytest.raises(ConfigError, match="squares trains no network: expected --device cpu, got cuda"):
+        carry_out(only_here, Settings(), tmp_path, command="", device="cuda", show=False)
+    progress = Progress(1, show=False)
+    here, there = (Workspace(tmp_path, code=(), progress=progress, device=device) for device in ("cpu", "cuda"))
+    assert here.part("one", {}, lambda: {"at": "cpu"}) == {"at": "cpu"}
+    assert there.part("one", {}, lambda: {"at": "cuda"}) == {"at": "cuda"}
 
 
 def test_minutes_are_those_of_all_parts_whenever_they_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from netdeconv import ConfigError
+from netdeconv.lab.devices import DEVICES
 from netdeconv.lab.experiments.experiment import SIZES, Experiment
 from netdeconv.lab.experiments.registry import EXPERIMENTS, load
 from netdeconv.lab.options import add_field_options, given_options
@@ -50,7 +51,7 @@ def reproduce(arguments: Sequence[str], parser_class: type[argparse.ArgumentPars
     experiment = load(args.name)
     settings = experiment.sizes[args.size]
     changes = given_options(args, type(settings))
-    return _shown(args, experiment, dataclasses.replace(settings, **changes), changes)
+    return _shown(args, experiment, dataclasses.replace(settings, **changes), changes, args.device)
 
 
 def _parser(named: str | None, parser_class: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -71,6 +72,7 @@ def _parser(named: str | None, parser_class: type[argparse.ArgumentParser]) -> a
     )
     parser.add_argument("--out", type=Path, default=_OUT, metavar="DIR", help=f"run folder (default: {_OUT})")
     parser.add_argument("--threads", type=int, metavar="N", help=_THREADS)
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where networks are trained (default: cpu)")
     parser.add_argument("--quiet", action="store_true", help="no progress, only the tables")
     if named is not None:
         group = parser.add_argument_group(f"options of {named}", "Defaults are those of --size small.")
@@ -83,7 +85,8 @@ def _reproduce_all(args: argparse.Namespace) -> int:
     for name in EXPERIMENTS:
         experiment = load(name)
         try:
-            code = _shown(args, experiment, experiment.sizes[args.size], {})
+            device = args.device if args.device in experiment.devices else experiment.devices[0]
+            code = _shown(args, experiment, experiment.sizes[args.size], {}, device)
         except ConfigError as error:
             problems.append(f"{name}: {error}")
             print(problems[-1], file=sys.stderr)
@@ -95,12 +98,14 @@ def _reproduce_all(args: argparse.Namespace) -> int:
     return 0
 
 
-def _shown(args: argparse.Namespace, experiment: Experiment, settings: Any, changes: dict[str, Any]) -> int:
+def _shown(
+    args: argparse.Namespace, experiment: Experiment, settings: Any, changes: dict[str, Any], device: str
+) -> int:
     from netdeconv.lab.experiments.results import carry_out, text
 
     if args.threads is not None and args.threads < 1:
         raise ConfigError(f"expected threads of at least 1, got {args.threads}")
-    command = _command(experiment.name, args.size, changes)
+    command = _command(experiment.name, args.size, changes) + (f" --device {device}" if device != "cpu" else "")
     try:
         outcome = carry_out(
             experiment,
@@ -110,6 +115,7 @@ def _shown(args: argparse.Namespace, experiment: Experiment, settings: Any, chan
             size=args.size,
             # with networks as tiny as smoke's, threads wait for one another more than they compute
             thread_count=1 if args.threads is None and args.size == "smoke" else args.threads,
+            device=device,
             show=not args.quiet,
         )
     except KeyboardInterrupt:

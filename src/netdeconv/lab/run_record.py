@@ -19,7 +19,7 @@ class RunRecord(Callback):
     """Keeps the curves of one run and the time of every training step.
 
     A step's time runs from the batch being ready to the parameters being updated: forward, backward,
-    optimiser and Lightning's own work around them; evaluation is not in it.
+    optimiser and Lightning's own work around them; evaluation is not in it. A GPU is waited for.
 
     Args:
         images: what :func:`with_fresh_statistics` recomputes the statistics from after the first epoch; ``None`` to
@@ -46,6 +46,8 @@ class RunRecord(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
         self.step_seconds.append(time.perf_counter() - self._start)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

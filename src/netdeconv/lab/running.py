@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 
 from netdeconv.lab.allocator import keep_freed_memory
 
-__all__ = ["fit", "threads"]
+__all__ = ["accelerator", "fit", "threads"]
 
 
 def fit(
@@ -20,8 +20,9 @@ def fit(
     epochs: int,
     callbacks: Sequence[Callback],
     steps: int | None = None,
+    device: str = "cpu",
 ) -> None:
-    """Train on the CPU, with nothing written and nothing printed but by the callbacks.
+    """Train on one device, with nothing written and nothing printed but by the callbacks.
 
     Args:
         task: what to train.
@@ -29,13 +30,14 @@ def fit(
         epochs: how often.
         callbacks: who is told.
         steps: most training steps in an epoch; ``None`` for all there are.
+        device: one of :data:`netdeconv.lab.devices.DEVICES`; the task is back on the CPU afterwards.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C, where Lightning would exit with code 1.
     """
     keep_freed_memory()
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator=accelerator(device),
         devices=1,
         max_epochs=epochs,
         limit_train_batches=steps,
@@ -51,6 +53,11 @@ def fit(
         if not trainer.interrupted:
             raise
         raise KeyboardInterrupt from None
+
+
+def accelerator(device: str) -> str:
+    """What Lightning calls the device."""
+    return {"cpu": "cpu", "cuda": "gpu"}[device]
 
 
 @contextlib.contextmanager

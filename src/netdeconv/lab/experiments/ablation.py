@@ -49,6 +49,7 @@ class AblationSettings:
     vary: tuple[str, ...] = option(tuple(_VARIATIONS), "settings to change", choices=tuple(_VARIATIONS))
     values: int = option(4, "most values of a setting to try, besides its default")
     steps: int = option(120, "training steps; the learning rate falls to zero over them")
+    epochs: int | None = option(None, "passes over the training images, instead of --steps", kind=int)
     rate: float = option(0.1, "learning rate of network deconvolution")
     bn_rates: tuple[float, ...] = option((0.05, 0.02), "learning rates of batch normalisation, the baseline")
     default_seeds: int = option(3, "seeds of the default: their spread is the noise level")
@@ -67,7 +68,8 @@ def run(settings: AblationSettings, workspace: Workspace) -> Mapping[str, Any]:
         width=settings.width,
         norm="nd",
         rate=settings.rate,
-        steps=settings.steps,
+        steps=settings.steps if settings.epochs is None else None,
+        epochs=settings.epochs or 1,
         batch_size=settings.batch_size,
     )
     plan = [dataclasses.replace(base, seed=seed) for seed in range(settings.default_seeds)]
@@ -78,7 +80,7 @@ def run(settings: AblationSettings, workspace: Workspace) -> Mapping[str, Any]:
             for value in _VARIATIONS[name][: settings.values]:
                 plan.append(dataclasses.replace(base, whitening=((name, value),), seed=seed))
     workspace.progress.expect(len(plan))
-    return {"runs": run_trials(plan, workspace)}
+    return {"defaults": dataclasses.asdict(WhiteningConfig()), "runs": run_trials(plan, workspace)}
 
 
 def _label(run: Mapping[str, Any]) -> tuple[str, Any]:
@@ -102,7 +104,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
     rows = []
     for (name, value), runs in groups.items():
         shown = f"{value:g}" if isinstance(value, float) else str(value)
-        was = f" (default {_default(name)})" if name in _VARIATIONS else ""
+        was = f" (default {_default(result, name)})" if name in _VARIATIONS else ""
         gap = "" if name == "default" else f"{statistics.fmean(accuracies(runs)) - middle:+.1f}"
         seconds = statistics.median(run["seconds_per_step"] for run in runs)
         label = f"{_NAMES.get(name, name)} {shown}{was}".strip()
@@ -111,7 +113,8 @@ def present(result: Mapping[str, Any]) -> Presentation:
     note = (
         f"{first['network']} at width {first['width']:g} on {first['dataset']}, {first['steps']} steps of batch "
         f"{first['batch_size']}, rate {first['rate']:g} on a cosine to 0, weight decay {first['weight_decay']:g}; "
-        "loss: training loss, mean over all steps; test accuracy with the remembered statistics. The default's seeds "
+        "loss: training loss, mean over the last epoch's steps; test accuracy with the remembered statistics. The "
+        "default's seeds "
         f"{'have a standard deviation of ' + format(noise, '.1f') + ' points' if noise is not None else 'are one'}: a "
         "difference below twice that means little for a single seed. Time: median over the steps, so without most "
         "refreshes, on a machine that did other work too."
@@ -126,8 +129,11 @@ def present(result: Mapping[str, Any]) -> Presentation:
     return Presentation(_verdict(groups, middle, noise), [table], [picture])
 
 
-def _default(name: str) -> Any:
-    value = getattr(WhiteningConfig(), name)
+def _default(result: Mapping[str, Any], name: str) -> Any:
+    """Of the library that the result is of; of today's while it is not complete."""
+    value = result.get("defaults", vars(WhiteningConfig()))[name]
+    if value is None:
+        return "32, in wide layers 16"
     return f"{value:g}" if isinstance(value, float) else value
 
 

@@ -221,5 +221,6 @@ EXPERIMENT = Experiment(
     },
     run=run,
     present=present,
+    devices=("cpu",),
     code=("lab/experiments/cost.py", "lab/experiments/cost_flops.py", "lab/benchmark"),
 )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from netdeconv.lab.devices import DEVICES
 from netdeconv.lab.store import RunStore, code_fingerprint
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Workspace:
         code: files and folders of the package that the numbers depend on.
         progress: bars and lines.
         publish: writes what there is of the result, so that a long run can be looked at before it has ended.
+        device: where networks are trained, one of :data:`netdeconv.lab.devices.DEVICES`.
     """
 
     def __init__(
@@ -73,25 +75,32 @@ class Workspace:
         code: Sequence[str],
         progress: Progress,
         publish: Callable[[Mapping[str, Any]], None] = lambda _: None,
+        device: str = "cpu",
     ) -> None:
         self.folder = folder
         self.store = RunStore(folder / "parts")
         self.code = code_fingerprint(code)
         self.progress = progress
         self.publish = publish
+        self.device = device
         self.seconds = 0.0
+
+    def identity(self, code: str) -> dict[str, str]:
+        """What every number depends on, besides the settings; a CPU is not named."""
+        known = {"torch": torch.__version__, "code": code}
+        return known if self.device == "cpu" else {**known, "device": self.device}
 
     def part(self, name: str, settings: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """A part's result as JSON gives it back: computed now, or found from an earlier run.
 
-        It is found again while ``settings``, torch's version and the code are the same.
+        It is found again while ``settings``, torch's version, the code and the device are the same.
 
         Args:
             name: short and unique in this experiment, for the file and the progress.
             settings: everything that the part depends on, plain values.
             compute: does the work.
         """
-        identity = {**settings, "torch": torch.__version__, "code": self.code}
+        identity = {**settings, **self.identity(self.code)}
         kept = self.store.load(name, identity)
         if kept is None:
             start = time.perf_counter()
@@ -121,6 +130,8 @@ class Experiment:
         present: makes tables and figures of a result, read from JSON: NaN and infinity are ``None``, tuples lists. It
             also takes what was published of a run that has not ended.
         code: files and folders of the package that the numbers depend on, besides the library itself.
+        devices: where it can be run, out of :data:`netdeconv.lab.devices.DEVICES`; one that trains no network has
+            numbers of the CPU.
     """
 
     name: str
@@ -130,6 +141,7 @@ class Experiment:
     run: Callable[[Any, Workspace], Mapping[str, Any]]
     present: Callable[[Mapping[str, Any]], Presentation]
     code: Sequence[str] = ()
+    devices: Sequence[str] = DEVICES
 
     def __post_init__(self) -> None:
         if tuple(self.sizes) != SIZES:

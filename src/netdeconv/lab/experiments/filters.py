@@ -109,5 +109,6 @@ EXPERIMENT = Experiment(
     ),
     run=run,
     present=present,
+    devices=("cpu",),
     code=("inspect", "lab/difference_of_gaussians.py", "lab/experiments/filters.py"),
 )

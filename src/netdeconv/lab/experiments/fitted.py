@@ -18,6 +18,7 @@ from typing import Any
 from netdeconv import ConfigError
 from netdeconv.lab.data import data_root
 from netdeconv.lab.experiments.experiment import Workspace
+from netdeconv.lab.running import accelerator
 from netdeconv.lab.store import read_json
 
 __all__ = ["CODE", "GENERATED", "NORMS", "Fit", "compared", "fitted", "folder_of"]
@@ -91,7 +92,8 @@ def compared(
     result: dict[str, Any] = {"settings": dataclasses.asdict(settings), **found, "runs": []}
     for fit in plan:
         given = [*arguments(data, fit.norm), "--norm", fit.norm, "--optimizer.lr", f"{fit.rate:g}"]
-        given += ["--seed_everything", str(fit.seed)]
+        given += ["--seed_everything", str(fit.seed), "--trainer.accelerator", accelerator(workspace.device)]
+        given += ["--trainer.devices", "1"] if workspace.device == "cuda" else []
         identity = {**fixed, **dataclasses.asdict(fit)}
         part = workspace.part(fit.name, identity, functools.partial(fitted, workspace, fit, given))
         result["runs"].append({**dataclasses.asdict(fit), **part})

@@ -249,5 +249,6 @@ EXPERIMENT = Experiment(
     ),
     run=run,
     present=present,
+    devices=("cpu",),
     code=("lab/experiments/regression.py", "lab/experiments/regression_report.py"),
 )

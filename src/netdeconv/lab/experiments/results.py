@@ -10,6 +10,7 @@ from typing import Any
 
 from netdeconv import ConfigError
 from netdeconv.lab.benchmark.record import machine
+from netdeconv.lab.devices import device_of
 from netdeconv.lab.experiments.experiment import LIBRARY, Experiment, Presentation, Workspace
 from netdeconv.lab.experiments.registry import EXPERIMENTS, load
 from netdeconv.lab.progress import Progress, quiet_lightning
@@ -44,6 +45,7 @@ def carry_out(
     command: str,
     size: str = "small",
     thread_count: int | None = None,
+    device: str = "cpu",
     show: bool = True,
 ) -> Outcome:
     """Run what is not finished yet, write result.json and the pictures.
@@ -55,12 +57,17 @@ def carry_out(
         command: that does the same again.
         size: one of :data:`SIZES`, for the record.
         thread_count: threads that torch computes with; ``None`` leaves them as they are.
+        device: where networks are trained, one of :data:`netdeconv.lab.devices.DEVICES`.
         show: progress on standard error.
 
     Raises:
-        ConfigError: data that are not there, or settings that cannot apply.
+        ConfigError: data or a device that are not there, or settings that cannot apply.
         KeyboardInterrupt: stopped; the finished parts are kept.
     """
+    if device not in experiment.devices:
+        able = " or ".join(experiment.devices)
+        raise ConfigError(f"{experiment.name} trains no network: expected --device {able}, got {device}")
+    device_of(device)
     folder = out / experiment.name
     folder.mkdir(parents=True, exist_ok=True)
     with threads(thread_count), quiet_lightning(), Progress(1, show=show) as progress:
@@ -72,13 +79,15 @@ def carry_out(
             "settings": dataclasses.asdict(settings),
             "versions": versions(),
             "machine": machine(),
+            "device": device,
         }
 
         def publish(result: Mapping[str, Any], *, complete: bool = False) -> None:
             ended = {"finished": _now(), "minutes": workspace.seconds / 60, "code": workspace.code}
             write_json(folder / _RESULT, {**record, **ended, "complete": complete, "result": result})
 
-        workspace = Workspace(folder, code=(*LIBRARY, *experiment.code), progress=progress, publish=publish)
+        code = (*LIBRARY, *experiment.code)
+        workspace = Workspace(folder, code=code, progress=progress, publish=publish, device=device)
         publish(experiment.run(settings, workspace), complete=True)
     outcome = _read(folder)
     assert outcome is not None
@@ -141,8 +150,9 @@ def setting_line(record: Mapping[str, Any]) -> str:
     place, found = record["machine"], record["versions"]
     load = (place.get("load_average") or [0])[0]
     busy = f" (load {load:.1f} at the start: other work ran beside)" if load > place["threads"] + 0.5 else ""
+    gpu = f"{place['gpu']}, " if record.get("device") == "cuda" else ""
     line = (
-        f"{record['command']}; {place['processor']}, {place['threads']} of {place['cores']} cores, torch "
+        f"{record['command']}; {gpu}{place['processor']}, {place['threads']} of {place['cores']} cores, torch "
         f"{found['torch']}; {record['minutes']:.1f} minutes{busy}; code {record['code']}, {record['finished'][:10]}."
     )
     return line if record["complete"] else f"{line} Not finished: these are the parts that are."

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
+import json
 from functools import partial
 from typing import Any
 
@@ -68,8 +70,9 @@ def trained(workspace: Workspace, settings: TrainedSettings, norm: str) -> Train
     rate = settings.bn_rate if norm == "bn" else settings.nd_rate
     fixed = {key: value for key, value in dataclasses.asdict(settings).items() if key in _TRAINING}
     code = code_fingerprint((*LIBRARY, *CODE))
-    identity = {**fixed, "norm": norm, "rate": rate, "torch": torch.__version__, "code": code}
-    name = f"{settings.dataset}-{settings.network.replace(':', '-')}-{norm}-seed{settings.seed}"
+    identity = {**fixed, "norm": norm, "rate": rate, **workspace.identity(code)}
+    about = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+    name = f"{settings.dataset}-{settings.network.replace(':', '-')}-{norm}-seed{settings.seed}-{about}"
     store, path = RunStore(folder), folder / f"{name}.pt"
     data: Any = create_data(settings.dataset, batch_size=settings.batch_size, seed=settings.seed)
     with torch.random.fork_rng(devices=[]):
@@ -83,7 +86,8 @@ def trained(workspace: Workspace, settings: TrainedSettings, norm: str) -> Train
             record = RunRecord()
             steps = settings.epochs * len(data.train_dataloader())
             workspace.progress.start_run(f"{NORMS[norm]}, {settings.network}", steps)
-            fit(task, data, epochs=settings.epochs, callbacks=[record, workspace.progress.callback()])
+            callbacks = [record, workspace.progress.callback()]
+            fit(task, data, epochs=settings.epochs, callbacks=callbacks, device=workspace.device)
             buffer = io.BytesIO()
             torch.save(task.net.state_dict(), buffer)
             write_whole(path, buffer.getvalue())

@@ -144,7 +144,7 @@ def train(trial: Trial, data: Any, workspace: Workspace) -> dict[str, Any]:
         steps = len(data.train_dataloader()) if trial.steps is None else trial.steps
         workspace.progress.start_run(trial.name, trial.epochs * steps)
         callbacks = [record, workspace.progress.callback()]
-        fit(task, data, epochs=trial.epochs, steps=trial.steps, callbacks=callbacks)
+        fit(task, data, epochs=trial.epochs, steps=trial.steps, callbacks=callbacks, device=workspace.device)
     seconds = record.step_seconds
     return {
         "curves": record.curves,
