@@ -124,3 +124,19 @@ def test_the_published_linear_layer_has_neighbouring_features_in_a_block() -> No
     blocks = Blocks.plan(6, LINEAR, 1, 4, "interleaved")
     assert blocks.split(torch.arange(6))[0].tolist() == [[0, 1], [2, 3], [4, 5]]
     assert blocks.spread_mean(torch.tensor([10.0, 20])).tolist() == [[10, 20, 10, 20, 10, 20]]
+
+
+@pytest.mark.parametrize(
+    ("channels", "window", "groups", "size"),
+    [
+        (20, SQUARE, 1, 20), (64, SQUARE, 1, 32), (511, SQUARE, 1, 32), (512, SQUARE, 1, 16), (768, THREE, 1, 16),
+        (512, PIXEL, 1, 32), (512, LINEAR, 1, 32), (1024, SQUARE, 2, 16), (512, SQUARE, 2, 32), (512, SQUARE, 512, 1),
+    ],
+)  # fmt: skip
+def test_without_a_size_wide_layers_of_several_taps_have_smaller_blocks(
+    channels: int, window: Window, groups: int, size: int
+) -> None:
+    for grouping in ("contiguous", "interleaved"):
+        blocks = Blocks.plan(channels, window, groups, None, grouping)
+        assert blocks == Blocks.plan(channels, window, groups, size, grouping)
+    assert Blocks.plan(channels, window, groups, None, "contiguous").block_size == size

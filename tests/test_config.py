@@ -16,7 +16,7 @@ from netdeconv.functional import SOLVERS
 
 # Other tools rely on these names; docs/speed.md measures these values.
 PROMISED = {
-    "block_size": 32,
+    "block_size": None,
     "grouping": "contiguous",
     "eps": 1e-5,
     "num_iters": 5,

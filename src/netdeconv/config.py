@@ -27,6 +27,8 @@ class WhiteningConfig:
     Args:
         block_size: channels whitened together; published are 64. A layer with more channels is cut into blocks that
             share one root; when the block size does not divide the channels the last block is smaller and has its own.
+            ``None`` is 32, and 16 for kernels of several taps over 512 channels or more, where most of what whitening
+            costs is to fold the root into the weights.
         grouping: ``"contiguous"`` blocks of neighbouring channels, each centred by its own mean; or
             ``"interleaved"``, the published procedure, which deals the flattened (channel, tap) index out to
             the blocks in turn, pools mean and covariance over them, and takes the greatest common divisor
@@ -58,7 +60,7 @@ class WhiteningConfig:
     Source: Ye et al., Network Deconvolution, ICLR 2020, arXiv 1905.11926.
     """
 
-    block_size: int = 32
+    block_size: int | None = None
     grouping: str = "contiguous"
     eps: float = 1e-5
     num_iters: int = 5
@@ -73,10 +75,11 @@ class WhiteningConfig:
     sync: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "num_iters", "sampling_stride", "update_every"):
+        for name in ("num_iters", "sampling_stride", "update_every"):
             self._require_whole(name, getattr(self, name))
-        if self.max_samples is not None:
-            self._require_whole("max_samples", self.max_samples)
+        for name in ("block_size", "max_samples"):
+            if getattr(self, name) is not None:
+                self._require_whole(name, getattr(self, name))
         if not (_is_number(self.eps) and 0 <= self.eps < math.inf):
             raise ConfigError(
                 f"WhiteningConfig: expected eps >= 0 and finite, got {self.eps!r}. "
