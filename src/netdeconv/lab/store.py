@@ -53,16 +53,17 @@ class RunStore:
 
     def load(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         """The result that was saved under this name with exactly these settings."""
-        found = read_json(self._path(name, settings))
+        found = read_json(self.path(name, settings))
         return found["result"] if found and found.get("settings") == _finite(settings) else None
 
     def save(self, name: str, settings: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Write a finished run."""
-        write_json(self._path(name, settings), {"settings": settings, "result": result})
+        write_json(self.path(name, settings), {"settings": settings, "result": result})
 
-    def _path(self, name: str, settings: Mapping[str, Any]) -> Path:
+    def path(self, name: str, settings: Mapping[str, Any], ending: str = "json") -> Path:
+        """A file's name for this name and these settings: that of the result, or of what belongs to it."""
         text = json.dumps(_finite(settings), sort_keys=True)
-        return self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
+        return self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.{ending}"
 
 
 def code_fingerprint(parts: Iterable[str]) -> str:

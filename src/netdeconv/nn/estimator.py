@@ -66,7 +66,7 @@ class Estimator:
         """The patches of x ``(N, C, *spatial)`` that the covariance is of, by ``config.sampling``.
 
         Args:
-            max_samples, turn: see :func:`netdeconv.functional.spread_patches`.
+            max_samples, turn: see :func:`netdeconv.functional.spread_patches`; a published sample has neither.
         """
         stride = self.config.sampling_stride
         if self.config.sampling == "corner":
@@ -85,10 +85,7 @@ class Estimator:
             turn: 0-dim integer tensor that counts refreshes.
             factored: factors instead of covariances where an iteration is shorter on the rows.
         """
-        if self.config.sampling == "corner":
-            sample = self.sample(x)
-        else:
-            sample = self.sample(x, max_samples=self.config.max_samples, turn=turn)
+        sample = self.sample(x, max_samples=self.config.max_samples, turn=turn)
         factored = factored and self.config.solver != "eigh"
         return patch_moments(sample.rows, self.blocks, sample.weights, factored=factored)
 

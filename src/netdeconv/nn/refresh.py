@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,17 +89,9 @@ def _refresh(
     return [*roots, *averages, finite]
 
 
-def _shapes(
-    x: Tensor,
-    running: list[Tensor],
-    num_steps: Tensor,
-    last_update: Tensor,
-    num_updates: Tensor,
-    finite: Tensor,
-    serialized: str,
-) -> list[Tensor]:
+def _shapes(x: Tensor, running: list[Tensor], *_: Any) -> list[Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return [*(torch.empty_like(old, dtype=dtype) for old in (*running, *running)), torch.empty_like(finite)]
+    return [*(torch.empty_like(old, dtype=dtype) for old in (*running, *running)), x.new_empty((), dtype=torch.bool)]
 
 
 _op = torch.library.custom_op("netdeconv::refresh", _refresh, mutates_args=())

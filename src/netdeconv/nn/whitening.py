@@ -145,7 +145,7 @@ class Whitening(nn.Module):
             StatisticsError: remembered values are needed and there are none; or, with ``sync``, some processes train
                 while others are frozen or in evaluation mode.
         """
-        shared = self.config.sync and distributed(self.process_group)
+        shared = self._shared()
         if shared and not torch.compiler.is_compiling():
             self._check_mode()
         if not self._gathering():
@@ -168,6 +168,10 @@ class Whitening(nn.Module):
             self.num_steps.add_(1)
             self.clock.advance()
         return mean, roots
+
+    def _shared(self) -> bool:
+        """Whether statistics are gathered over several processes."""
+        return self.config.sync and distributed(self.process_group)
 
     def _gathering(self) -> bool:
         return self.training and not self.frozen
@@ -249,8 +253,7 @@ class Whitening(nn.Module):
 
     def _moments(self, x: Tensor, turn: Tensor) -> Moments:
         """Mean of all patches, and covariances of a sample of them; as published, the sample's mean."""
-        alone = not (self.config.sync and distributed(self.process_group))
-        sampled = self.estimator.sample_moments(x, turn, factored=alone)
+        sampled = self.estimator.sample_moments(x, turn, factored=not self._shared())
         if self.config.sampling == "corner":
             return self._joined(sampled)[0]
         moments, sampled = self._joined(self.estimator.mean_of(x), sampled)

@@ -45,8 +45,7 @@ def run(settings: StepSettings, follow: Follower, result: dict[str, Any]) -> Non
 def run_memory(settings: MemorySettings, follow: Follower, result: dict[str, Any]) -> None:
     """Peak memory of every contestant, each in a fresh process."""
     follow.start("memory", len(kinds(settings)))
-    memory: dict[str, Any] = {}
-    result["memory"] = memory
+    memory = result["memory"] = {}
     for kind in kinds(settings):
         memory[kind] = measure_in_fresh_process(kind, settings)
         follow.step()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
-import json
 from functools import partial
 from typing import Any
 
@@ -71,9 +69,9 @@ def trained(workspace: Workspace, settings: TrainedSettings, norm: str) -> Train
     fixed = {key: value for key, value in dataclasses.asdict(settings).items() if key in _TRAINING}
     code = code_fingerprint((*LIBRARY, *CODE))
     identity = {**fixed, "norm": norm, "rate": rate, **workspace.identity(code)}
-    about = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    name = f"{settings.dataset}-{settings.network.replace(':', '-')}-{norm}-seed{settings.seed}-{about}"
-    store, path = RunStore(folder), folder / f"{name}.pt"
+    name = f"{settings.dataset}-{settings.network.replace(':', '-')}-{norm}-seed{settings.seed}"
+    store = RunStore(folder)
+    path = store.path(name, identity, "pt")
     data: Any = create_data(settings.dataset, batch_size=settings.batch_size, seed=settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
