@@ -140,6 +140,19 @@ def test_autocast_does_not_reach_it() -> None:
     assert all(torch.equal(a, b) for a, b in zip(cast, plain, strict=True))
 
 
+def test_autocast_does_not_reach_its_gradient() -> None:
+    blocks = Blocks.plan(4, SQUARE, 2, 2, "contiguous")
+    mean, roots = drawn_state(blocks)
+    gradients = []
+    for inside in (False, True):
+        weight, bias = randn(4, 2, 2, 3).float().requires_grad_(), randn(4, seed=1).float().requires_grad_()
+        outputs = fold(weight, bias, mean.float(), [root.float() for root in roots], blocks)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            (outputs[0].square().sum() + outputs[1].square().sum()).backward()
+        gradients.append((weight.grad, bias.grad))
+    assert all(torch.equal(inside, outside) for inside, outside in zip(*gradients, strict=True))
+
+
 @pytest.mark.parametrize(
     ("groups", "block_size", "grouping"), [(1, 2, "contiguous"), (2, 64, "contiguous"), (1, 1, "interleaved")]
 )

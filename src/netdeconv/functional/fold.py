@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,10 +9,9 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from netdeconv.functional.precision import without_autocast
-from netdeconv.functional.products import times_root
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -48,7 +46,7 @@ def fold(
 
 def _plain_fold(blocks: Blocks, grouped: Tensor, mean: Tensor, *roots: Tensor) -> tuple[Tensor, Tensor]:
     """``w -> (D w, mean D w)`` for every group, in operators that anything can look through."""
-    folded = _times_roots(grouped, roots, blocks, lambda rows, root: rows @ root)
+    folded = _times_roots(grouped, roots, blocks)
     return folded, _shift(folded, mean)
 
 
@@ -79,7 +77,7 @@ class _Fold(Function):
 
     @staticmethod  # not in two parts, with setup_context: torch takes longer to call that than the product takes
     def forward(ctx: Any, blocks: Blocks, grouped: Tensor, mean: Tensor, *roots: Tensor) -> tuple[Tensor, Tensor]:
-        folded = _times_roots(grouped, roots, blocks, _product(blocks))
+        folded = _times_roots(grouped, roots, blocks)
         # What only the gradients of mean and root need is kept only where there are such gradients.
         _, _, for_mean, *for_roots = ctx.needs_input_grad
         ctx.blocks = blocks
@@ -110,28 +108,19 @@ class _Fold(Function):
             ]
         grad_weight = None
         if for_weight:
-            product = _product(blocks)
-            whitened_mean = _times_roots(mean.unsqueeze(1), roots, blocks, product)
-            grad_weight = _times_roots(grad_folded, roots, blocks, product)
+            whitened_mean = _times_roots(mean.unsqueeze(1), roots, blocks)
+            grad_weight = _times_roots(grad_folded, roots, blocks)
             grad_weight.addcmul_(grad_shift.unsqueeze(-1), whitened_mean)
         return None, grad_weight, grad_mean, *grad_roots
 
 
-def _product(blocks: Blocks) -> Callable[[Tensor, Tensor], Tensor]:
-    """How rows are multiplied by a root; the features of interleaved blocks have no taps in order."""
-    return functools.partial(times_root, taps=1 if blocks.interleaved else blocks.taps)
-
-
-def _times_roots(
-    grouped: Tensor, roots: Sequence[Tensor], blocks: Blocks, product: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
+def _times_roots(grouped: Tensor, roots: Sequence[Tensor], blocks: Blocks) -> Tensor:
     """(groups, out, features of the group) times the symmetric root of each part."""
     if len(roots) == 1 and not blocks.interleaved:
         rows = grouped.reshape(blocks.groups, -1, roots[0].shape[-1])
-        return product(rows, roots[0]).reshape(grouped.shape)
+        return (rows @ roots[0]).reshape(grouped.shape)
     parts = [
-        product(_rows(part), root).reshape(part.shape)
-        for part, root in zip(blocks.split(grouped), roots, strict=True)
+        (_rows(part) @ root).reshape(part.shape) for part, root in zip(blocks.split(grouped), roots, strict=True)
     ]
     return blocks.join(parts)
 
