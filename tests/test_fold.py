@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -153,19 +152,41 @@ def test_autocast_does_not_reach_its_gradient() -> None:
     assert all(torch.equal(inside, outside) for inside, outside in zip(*gradients, strict=True))
 
 
+WANTED = ["weight bias mean roots", "weight mean", "weight bias", "weight", "bias", "mean", "roots"]
+
+
+@pytest.mark.parametrize(("wanted", "with_bias"), [(w, b) for w in WANTED for b in (True, False) if b or w != "bias"])
 @pytest.mark.parametrize(
-    ("groups", "block_size", "grouping"), [(1, 2, "contiguous"), (2, 64, "contiguous"), (1, 1, "interleaved")]
+    ("channels", "groups", "block_size", "grouping"),
+    [(4, 1, 2, "contiguous"), (3, 1, 2, "contiguous"), (4, 2, 64, "contiguous"), (4, 1, 2, "interleaved")],
 )
-def test_the_gradient_is_right(groups: int, block_size: int, grouping: str) -> None:
-    blocks = Blocks.plan(2 * groups + 1 if groups == 1 else 4, PIXEL, groups, block_size, grouping)
+def test_the_gradients_are_right(
+    channels: int, groups: int, block_size: int, grouping: str, wanted: str, with_bias: bool
+) -> None:
+    blocks = Blocks.plan(channels, SQUARE, groups, block_size, grouping)
     mean, roots = drawn_state(blocks)
-    weight = randn(2, math.prod(blocks.mean_shape) // groups if not blocks.pool_mean else blocks.channels, 1)
-    leaves = [value.requires_grad_() for value in (weight, randn(2, seed=3), mean, *roots)]
+    known = {"weight": [randn(2, channels // groups, 2, 3)], "mean": [mean], "roots": list(roots)}
+    known["bias"] = [randn(2, seed=3)] if with_bias else []
+    leaves = [value.requires_grad_() for name in wanted.split() for value in known[name]]
 
-    def run(weight: Tensor, bias: Tensor, mean: Tensor, *roots: Tensor) -> tuple[Tensor, Tensor]:
-        return fold(weight, bias, mean, [symmetric(root) for root in roots], blocks)
+    def run(*_: Tensor) -> tuple[Tensor, ...]:
+        weight, bias = known["weight"][0], known["bias"][0] if with_bias else None
+        outputs = fold(weight, bias, known["mean"][0], [symmetric(root) for root in known["roots"]], blocks)
+        return tuple(output for output in outputs if output.requires_grad)
 
-    assert torch.autograd.gradcheck(run, leaves)
+    assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("wanted", ["bias", "mean"])
+def test_bias_or_mean_alone_asks_for_no_gradient_of_the_folded_weight(wanted: str) -> None:
+    blocks = Blocks.plan(4, SQUARE, 1, 2, "contiguous")
+    mean, roots = drawn_state(blocks)
+    bias = randn(2, seed=3)
+    {"bias": bias, "mean": mean}[wanted].requires_grad_()
+    folded, shifted = fold(randn(2, 4, 2, 3), bias, mean, roots, blocks)
+    assert not folded.requires_grad  # or the layer would keep its input, and compute what nobody wants
+    assert shifted.requires_grad
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # torch.jit

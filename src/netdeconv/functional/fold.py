@@ -35,27 +35,28 @@ def fold(
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
     with without_autocast(weight.device.type):
-        grouped = weight.to(dtype).reshape(blocks.groups, -1, blocks.group_features)
-        spread = blocks.spread_mean(mean.to(dtype))
-        exact = [root.to(dtype) for root in roots]
-        fold_in = _Fold.apply if _recorded(grouped, spread, *exact) and not _watched() else _plain_fold
-        folded, shift = fold_in(blocks, grouped, spread, *exact)
-        shifted = -shift.flatten() if bias is None else bias.to(dtype) - shift.flatten()
-    return folded.reshape(weight.shape).to(weight.dtype), shifted.to(weight.dtype)
+        exact_weight, exact_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        spread, exact_roots = blocks.spread_mean(mean.to(dtype)), [root.to(dtype) for root in roots]
+        fold_in = _Fold.apply if _recorded(exact_weight, *exact_roots) and not _watched() else _plain_fold
+        folded, shifted = fold_in(blocks, exact_weight, exact_bias, spread, *exact_roots)
+    return folded.to(weight.dtype), shifted.to(weight.dtype)
 
 
-def _plain_fold(blocks: Blocks, grouped: Tensor, mean: Tensor, *roots: Tensor) -> tuple[Tensor, Tensor]:
-    """``w -> (D w, mean D w)`` for every group, in operators that anything can look through."""
-    folded = _times_roots(grouped, roots, blocks)
-    return folded, _shift(folded, mean)
-
-
-def _shift(folded: Tensor, mean: Tensor) -> Tensor:
-    return (folded @ mean.unsqueeze(-1)).squeeze(-1)
+def _plain_fold(
+    blocks: Blocks, weight: Tensor, bias: Tensor | None, mean: Tensor, *roots: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``(w, b) -> (D w, b - mean D w)`` for every group, in operators that anything can look through."""
+    folded = _times_roots(weight.reshape(blocks.groups, -1, blocks.group_features), roots, blocks)
+    shift = torch.bmm(folded, mean.unsqueeze(-1)).flatten()  # `@` has more operators around it
+    return folded.reshape(weight.shape), -shift if bias is None else bias - shift
 
 
 def _recorded(*tensors: Tensor) -> bool:
-    """Whether a gradient is recorded; where none is, torch 2.14's compiler mistakes :class:`_Fold`'s arguments."""
+    """Whether :class:`_Fold` is wanted: there is a gradient through the first result.
+
+    One of bias or mean alone goes through the second, and must not make the layer compute that of its weight. Where no
+    gradient is recorded at all, torch 2.14's compiler mistakes the Function's arguments.
+    """
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
@@ -76,32 +77,38 @@ class _Fold(Function):
     """
 
     @staticmethod  # not in two parts, with setup_context: torch takes longer to call that than the product takes
-    def forward(ctx: Any, blocks: Blocks, grouped: Tensor, mean: Tensor, *roots: Tensor) -> tuple[Tensor, Tensor]:
-        folded = _times_roots(grouped, roots, blocks)
+    def forward(
+        ctx: Any, blocks: Blocks, weight: Tensor, bias: Tensor | None, mean: Tensor, *roots: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        folded, shifted = _plain_fold(blocks, weight, bias, mean, *roots)
         # What only the gradients of mean and root need is kept only where there are such gradients.
-        _, _, for_mean, *for_roots = ctx.needs_input_grad
+        _, _, _, for_mean, *for_roots = ctx.needs_input_grad
         ctx.blocks = blocks
-        ctx.save_for_backward(mean, *roots, *((folded,) if for_mean else ()), *((grouped,) if any(for_roots) else ()))
-        return folded, _shift(folded, mean)
+        ctx.save_for_backward(mean, *roots, *((folded,) if for_mean else ()), *((weight,) if any(for_roots) else ()))
+        return folded, shifted
 
     @staticmethod
-    def backward(ctx: Any, grad_folded: Tensor, grad_shift: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_folded: Tensor, grad_shifted: Tensor) -> tuple[Tensor | None, ...]:
         # Somebody may call backward inside of autocast, and a compiler traces it as if somebody did: so without a look
         # at whether autocast is on now.
         with torch.autocast(grad_folded.device.type, enabled=False):
-            return _Fold._gradients(ctx, grad_folded, grad_shift)
+            return _Fold._gradients(ctx, grad_folded, grad_shifted)
 
     @staticmethod
-    def _gradients(ctx: Any, grad_folded: Tensor, grad_shift: Tensor) -> tuple[Tensor | None, ...]:
+    def _gradients(ctx: Any, grad_folded: Tensor, grad_shifted: Tensor) -> tuple[Tensor | None, ...]:
         blocks: Blocks = ctx.blocks
-        _, for_weight, for_mean, *for_roots = ctx.needs_input_grad
+        _, for_weight, for_bias, for_mean, *for_roots = ctx.needs_input_grad
         mean, *kept = ctx.saved_tensors
         roots, kept = kept[: len(for_roots)], kept[len(for_roots) :]
-        grad_mean = (grad_shift.unsqueeze(1) @ kept.pop(0)).squeeze(1) if for_mean else None
+        grad_rows = grad_folded.reshape(blocks.groups, -1, blocks.group_features)
+        grad_shift = -grad_shifted.reshape(blocks.groups, -1, 1)
+        grad_mean = None
+        if for_mean:
+            grad_mean = (grad_shift.mT @ kept.pop(0).reshape(grad_rows.shape)).squeeze(1)
         grad_roots: list[Tensor | None] = [None] * len(roots)
         if any(for_roots):
-            total = torch.addcmul(grad_folded, grad_shift.unsqueeze(-1), mean.unsqueeze(1))
-            weights, totals = blocks.split(kept.pop()), blocks.split(total)
+            weights = blocks.split(kept.pop().reshape(grad_rows.shape))
+            totals = blocks.split(torch.addcmul(grad_rows, grad_shift, mean.unsqueeze(1)))
             grad_roots = [
                 (_rows(part).mT @ _rows(back)).reshape(root.shape) if wanted else None
                 for part, back, root, wanted in zip(weights, totals, roots, for_roots, strict=True)
@@ -109,16 +116,17 @@ class _Fold(Function):
         grad_weight = None
         if for_weight:
             whitened_mean = _times_roots(mean.unsqueeze(1), roots, blocks)
-            grad_weight = _times_roots(grad_folded, roots, blocks)
-            grad_weight.addcmul_(grad_shift.unsqueeze(-1), whitened_mean)
-        return None, grad_weight, grad_mean, *grad_roots
+            grad_weight = _times_roots(grad_rows, roots, blocks)
+            grad_weight.addcmul_(grad_shift, whitened_mean)
+            grad_weight = grad_weight.reshape(grad_folded.shape)
+        return None, grad_weight, grad_shifted if for_bias else None, grad_mean, *grad_roots
 
 
 def _times_roots(grouped: Tensor, roots: Sequence[Tensor], blocks: Blocks) -> Tensor:
     """(groups, out, features of the group) times the symmetric root of each part."""
     if len(roots) == 1 and not blocks.interleaved:
-        rows = grouped.reshape(blocks.groups, -1, roots[0].shape[-1])
-        return (rows @ roots[0]).reshape(grouped.shape)
+        (root,) = roots
+        return (grouped.reshape(*root.shape[:-2], -1, root.shape[-1]) @ root).reshape(grouped.shape)
     parts = [
         (_rows(part) @ root).reshape(part.shape) for part, root in zip(blocks.split(grouped), roots, strict=True)
     ]
