@@ -144,7 +144,7 @@ def setting_line(metrics: Mapping[str, Any]) -> str:
         f"{data['test']} for the table; {seeds} at each of {len(s['rates'])} learning rates for either method, "
         f"{s['epochs']} epochs of batch {s['batch_size']}, SGD with momentum {s['momentum']:g} and a cosine "
         f"schedule; {around}; times with {s['threads']} thread(s), median over runs. Statistics recomputed: the "
-        "averages that evaluation uses lag behind in the first epoch; here both methods' are taken anew from the "
+        "averages that evaluation uses can lag behind in the first epoch; here both methods' are taken anew from the "
         "training images."
     )
 
