@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from netdeconv.functional.onlookers import watched
+
 __all__ = ["cached_constant", "caching_is_unsafe", "without_caching"]
 
 _KEPT = 256  # of each kind; networks have few shapes
@@ -56,5 +58,4 @@ def caching_is_unsafe() -> bool:
     if torch.compiler.is_compiling() or getattr(_local, "without_caching", False):
         return True
     capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    functions = torch._C._functorch.peek_interpreter_stack() is not None
-    return capturing or functions or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+    return capturing or watched() or is_in_torch_dispatch_mode()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
+from netdeconv.functional.onlookers import watched
 from netdeconv.functional.precision import without_autocast
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ def fold(
     with without_autocast(weight.device.type):
         exact_weight, exact_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         spread, exact_roots = blocks.spread_mean(mean.to(dtype)), [root.to(dtype) for root in roots]
-        fold_in = _Fold.apply if _recorded(exact_weight, *exact_roots) and not _watched() else _plain_fold
+        plain = not _recorded(exact_weight, *exact_roots) or (not torch.compiler.is_compiling() and watched())
+        fold_in = _plain_fold if plain else _Fold.apply
         folded, shifted = fold_in(blocks, exact_weight, exact_bias, spread, *exact_roots)
     return folded.to(weight.dtype), shifted.to(weight.dtype)
 
@@ -58,14 +59,6 @@ def _recorded(*tensors: Tensor) -> bool:
     gradient is recorded at all, torch 2.14's compiler mistakes the Function's arguments.
     """
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def _watched() -> bool:
-    """Whether something looks on that knows torch's operators only: torch.func, forward-mode gradients, a tracer."""
-    if torch.compiler.is_compiling():
-        return False
-    functions = torch._C._functorch.peek_interpreter_stack() is not None
-    return functions or forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
 class _Fold(Function):

@@ -1,0 +1,14 @@
+"""Whether something follows the operators that are run here, to do more than run them."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+__all__ = ["watched"]
+
+
+def watched() -> bool:
+    """Whether something looks on that knows torch's operators only: torch.func, forward-mode gradients, a tracer."""
+    functions = torch._C._functorch.peek_interpreter_stack() is not None
+    return functions or forward_ad._current_level >= 0 or torch.jit.is_tracing()
