@@ -37,8 +37,7 @@ def fold(
     with without_autocast(weight.device.type):
         exact_weight, exact_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         spread, exact_roots = blocks.spread_mean(mean.to(dtype)), [root.to(dtype) for root in roots]
-        plain = not _recorded(exact_weight, *exact_roots) or (not torch.compiler.is_compiling() and watched())
-        fold_in = _plain_fold if plain else _Fold.apply
+        fold_in = _Fold.apply if _recorded(exact_weight, *exact_roots) and not watched() else _plain_fold
         folded, shifted = fold_in(blocks, exact_weight, exact_bias, spread, *exact_roots)
     return folded.to(weight.dtype), shifted.to(weight.dtype)
 
@@ -103,7 +102,7 @@ class _Fold(Function):
             weights = blocks.split(kept.pop().reshape(grad_rows.shape))
             totals = blocks.split(torch.addcmul(grad_rows, grad_shift, mean.unsqueeze(1)))
             grad_roots = [
-                (_rows(part).mT @ _rows(back)).reshape(root.shape) if wanted else None
+                _rows(part, root).mT @ _rows(back, root) if wanted else None
                 for part, back, root, wanted in zip(weights, totals, roots, for_roots, strict=True)
             ]
         grad_weight = None
@@ -117,15 +116,16 @@ class _Fold(Function):
 
 def _times_roots(grouped: Tensor, roots: Sequence[Tensor], blocks: Blocks) -> Tensor:
     """(groups, out, features of the group) times the symmetric root of each part."""
-    if len(roots) == 1 and not blocks.interleaved:
-        (root,) = roots
-        return (grouped.reshape(*root.shape[:-2], -1, root.shape[-1]) @ root).reshape(grouped.shape)
-    parts = [
-        (_rows(part) @ root).reshape(part.shape) for part, root in zip(blocks.split(grouped), roots, strict=True)
-    ]
-    return blocks.join(parts)
+    if len(roots) == 1 and not blocks.interleaved:  # nearly always: there is nothing to cut and to join
+        return _times_root(grouped, roots[0])
+    parts = zip(blocks.split(grouped), roots, strict=True)
+    return blocks.join([_times_root(part, root) for part, root in parts])
 
 
-def _rows(part: Tensor) -> Tensor:
-    """(groups, out, blocks, features) -> (groups, out * blocks, features), what one root is applied to."""
-    return part.flatten(1, 2)
+def _times_root(part: Tensor, root: Tensor) -> Tensor:
+    return (_rows(part, root) @ root).reshape(part.shape)
+
+
+def _rows(part: Tensor, root: Tensor) -> Tensor:
+    """(groups, out, ...) -> (rows, features of a block), for every group if the root is: what the root multiplies."""
+    return part.reshape(*root.shape[:-2], -1, root.shape[-1])

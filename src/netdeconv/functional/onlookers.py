@@ -9,6 +9,11 @@ __all__ = ["watched"]
 
 
 def watched() -> bool:
-    """Whether something looks on that knows torch's operators only: torch.func, forward-mode gradients, a tracer."""
+    """Whether something looks on that knows torch's operators only: torch.func, forward-mode gradients, a tracer.
+
+    torch's compiler knows more, and cannot be asked for the others.
+    """
+    if torch.compiler.is_compiling():
+        return False
     functions = torch._C._functorch.peek_interpreter_stack() is not None
     return functions or forward_ad._current_level >= 0 or torch.jit.is_tracing()
