@@ -157,8 +157,9 @@ def _remedy(
         if len(heads) == 1 and None not in heads:
             return f"Try --classes {heads.pop()}"
     if all(_of_whitening(key) for key in odd + misshaped):
+        shapes = ", block_size or grouping as to the shapes" if misshaped else ""
         return (
-            f"It was whitened with other settings than those of --norm {norm}: convert and load it in Python, "
+            f"It was whitened with other settings than those of --norm {norm}{shapes}: convert and load it in Python, "
             "then netdeconv.surgery.export_onnx"
         )
     return "Check --network (networks of torchvision are torchvision:NAME), --width and --norm"
