@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,9 +18,11 @@ from netdeconv.cli import main
 from netdeconv.lab import plots
 from netdeconv.lab.experiments import trials
 from netdeconv.lab.experiments.cost_flops import Convolution, convolutions, whitening_flops
+from netdeconv.lab.experiments.experiment import Workspace
 from netdeconv.lab.experiments.registry import EXPERIMENTS, load
 from netdeconv.lab.experiments.results import carry_out
 from netdeconv.lab.experiments.trials import Trial
+from netdeconv.lab.progress import Progress, quiet_lightning
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -149,30 +154,50 @@ def test_ablation_says_what_its_numbers_say() -> None:
     assert found.tables[0].rows[2][0] == "eps 0.1 (default 1e-05)"
 
 
-def test_a_trial_of_few_steps_takes_so_many() -> None:
+def test_a_trial_of_few_steps_takes_so_many(tmp_path: Path) -> None:
     trial = Trial(dataset="digits", network="small", norm="nd", rate=0.1, steps=3, batch_size=16)
-
-    class Nowhere:
-        """A workspace that keeps nothing."""
-
-        progress = None
-        device = "cpu"
-
-        def part(self, name: str, settings: Mapping[str, Any], compute: Any) -> dict[str, Any]:
-            from netdeconv.lab.progress import Progress, quiet_lightning
-
-            self.progress = Progress(1, show=False)
-            with quiet_lightning():
-                return compute()
-
-        def publish(self, result: Mapping[str, Any]) -> None:
-            published.append([run["rate"] for run in result["runs"]])
-
     published: list[list[float]] = []
-    (found,) = trials.run_trials([trial], Nowhere(), before=[{"rate": 0.02}])
+    workspace = Workspace(
+        tmp_path,
+        code=(),
+        progress=Progress(1, show=False),
+        publish=lambda result: published.append([run["rate"] for run in result["runs"]]),
+    )
+    with quiet_lightning():
+        (found,) = trials.run_trials([trial], workspace, before=[{"rate": 0.02}])
     assert published == [[0.02, 0.1]]
     assert found["steps"] == 3
     assert len(found["curves"]["test/accuracy"]) == 1
+
+
+def test_trials_of_other_processes_come_last_and_are_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = [Trial(dataset="digits", network="small", norm="nd", rate=rate) for rate in (0.1, 0.2, 0.3)]
+    trained, published = [], []
+    workspace = Workspace(
+        tmp_path,
+        code=(),
+        progress=Progress(1, show=False),
+        publish=lambda result: published.append([run["rate"] for run in result["runs"]]),
+    )
+
+    def train(trial: Trial, data: Any, space: Workspace) -> dict[str, Any]:
+        trained.append(trial.rate)
+        if trial.rate == 0.2:  # meanwhile another process finishes the first
+            store.save(plan[0].name, theirs, {"result": {"by": "another"}, "seconds": 60})
+            other.release()
+        return {"by": "this one"}
+
+    store, theirs = workspace.store, {**dataclasses.asdict(plan[0]), **workspace.identity(workspace.code)}
+    store.folder.mkdir()
+    other = FileLock(store.path(plan[0].name, theirs, "lock"))
+    other.acquire()
+    monkeypatch.setattr(trials, "train", train)
+    monkeypatch.setattr(trials.DataSets, "get", lambda self, trial: None)
+    found = trials.run_trials(plan, workspace)
+    assert trained == [0.2, 0.3]
+    assert published == [[0.1, 0.2], [0.1, 0.2, 0.3]]
+    assert [run["by"] for run in found] == ["another", "this one", "this one"]
+    assert workspace.seconds == pytest.approx(60, abs=10)
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from netdeconv.lab.experiments.results import carry_out, markdown, outcomes, set
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.progress import Progress
 from netdeconv.lab.report import Table
+from netdeconv.lab.store import RunStore
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,6 +134,22 @@ def test_minutes_are_those_of_all_parts_whenever_they_ran(tmp_path: Path, monkey
     first = carry_out(EXPERIMENT, Settings(), tmp_path, command="", show=False)
     again = carry_out(EXPERIMENT, Settings(), tmp_path, command="", show=False)
     assert first.record["minutes"] == again.record["minutes"] == 2
+
+
+def test_a_part_belongs_to_one_process_until_it_ends(tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from netdeconv.lab.store import RunStore\n"
+        "with RunStore(Path(sys.argv[1])).claimed('part', {}, wait=True) as mine:\n"
+        "    print(mine, flush=True); time.sleep(600)"
+    )
+    store = RunStore(tmp_path)
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "True\n"
+        with store.claimed("part", {}, wait=False) as mine:
+            assert not mine
+        other.kill()
+    with store.claimed("part", {}, wait=True) as mine:
+        assert mine
 
 
 def test_report_writes_tables_pictures_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,7 +58,8 @@ def _parser(named: str | None, parser_class: type[argparse.ArgumentParser]) -> a
     names = "\n".join(f"  {name:<14}{text}" for name, (_, text) in EXPERIMENTS.items())
     parser = parser_class(
         prog="netdeconv reproduce",
-        description="Re-run a claim of the paper beside a tuned baseline. Finished parts are not repeated.",
+        description="Re-run a claim of the paper beside a tuned baseline. Finished parts are not repeated.\n"
+        "Started several times at once, with the same --out, the command shares its trainings among the processes.",
         epilog=f"experiments:\n{names}\n\nnetdeconv reproduce NAME --help shows the options of one.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -68,7 +69,8 @@ def _parser(named: str | None, parser_class: type[argparse.ArgumentParser]) -> a
         "--size",
         choices=SIZES,
         default="small",
-        help="smoke: seconds, without data sets; small: for two cores; paper: as published (default: small)",
+        help="smoke: seconds, without data sets; small: for two cores, minutes to an hour, but half a day for cifar; "
+        "paper: as published (default: small)",
     )
     parser.add_argument("--out", type=Path, default=_OUT, metavar="DIR", help=f"run folder (default: {_OUT})")
     parser.add_argument("--threads", type=int, metavar="N", help=_THREADS)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 import netdeconv
 
@@ -59,6 +62,29 @@ class RunStore:
     def save(self, name: str, settings: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Write a finished run."""
         write_json(self.path(name, settings), {"settings": settings, "result": result})
+
+    @contextlib.contextmanager
+    def claimed(self, name: str, settings: Mapping[str, Any], *, wait: bool) -> Iterator[bool]:
+        """Keep other processes from the run while the block computes it; a process that dies lets go of it.
+
+        Args:
+            name, settings: of the run.
+            wait: until another process that has it lets go; otherwise the block gets ``False`` at once.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path(name, settings, "lock"))
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+        if self.load(name, settings) is not None:  # whoever still waits for the file finds the result
+            with contextlib.suppress(OSError):
+                Path(lock.lock_file).unlink()
 
     def path(self, name: str, settings: Mapping[str, Any], ending: str = "json") -> Path:
         """A file's name for this name and these settings: that of the result, or of what belongs to it."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock
 
 from netdeconv.lab.devices import DEVICES
 from netdeconv.lab.store import RunStore, code_fingerprint
@@ -84,6 +85,7 @@ class Workspace:
         self.publish = publish
         self.device = device
         self.seconds = 0.0
+        self._counted: set[Path] = set()
 
     def identity(self, code: str) -> dict[str, str]:
         """What every number depends on, besides the settings; a CPU is not named."""
@@ -93,26 +95,56 @@ class Workspace:
     def part(self, name: str, settings: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
         """A part's result as JSON gives it back: computed now, or found from an earlier run.
 
-        It is found again while ``settings``, torch's version, the code and the device are the same.
+        It is found again while ``settings``, torch's version, the code and the device are the same. Where another
+        process with the same folder is computing it, that one is waited for.
 
         Args:
             name: short and unique in this experiment, for the file and the progress.
             settings: everything that the part depends on, plain values.
             compute: does the work.
         """
+        result = self._part(name, settings, compute, wait=True)
+        assert result is not None
+        return result
+
+    def part_if_free(
+        self, name: str, settings: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]
+    ) -> dict[str, Any] | None:
+        """The same, but ``None`` at once where another process with the same folder is computing it."""
+        return self._part(name, settings, compute, wait=False)
+
+    def finished(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+        """A part's result if there is one, whichever process computed it."""
         identity = {**settings, **self.identity(self.code)}
         kept = self.store.load(name, identity)
         if kept is None:
-            start = time.perf_counter()
-            result = compute()
-            seconds = time.perf_counter() - start
-            self.store.save(name, identity, {"result": result, "seconds": seconds})
-            kept = self.store.load(name, identity)
-            assert kept is not None
-            self.progress.say(f"{name}: {seconds:.1f} s")
-        self.progress.end_run()
-        self.seconds += kept["seconds"]
+            return None
+        path = self.store.path(name, identity)
+        if path not in self._counted:
+            self._counted.add(path)
+            self.seconds += kept["seconds"]
+            self.progress.end_run()
         return dict(kept["result"])
+
+    def alone(self) -> FileLock:
+        """A block in which no other process with the same folder publishes."""
+        return FileLock(self.folder / ".publish.lock")
+
+    def _part(
+        self, name: str, settings: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]], *, wait: bool
+    ) -> dict[str, Any] | None:
+        found = self.finished(name, settings)
+        if found is not None:
+            return found
+        identity = {**settings, **self.identity(self.code)}
+        with self.store.claimed(name, identity, wait=wait) as mine:
+            if mine and self.store.load(name, identity) is None:
+                start = time.perf_counter()
+                result = compute()
+                seconds = time.perf_counter() - start
+                self.store.save(name, identity, {"result": result, "seconds": seconds})
+                self.progress.say(f"{name}: {seconds:.1f} s")
+        return self.finished(name, settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +157,7 @@ class Experiment:
         source: where the paper says so.
         sizes: by each of :data:`SIZES`, settings of one dataclass whose fields are made by
             :func:`netdeconv.lab.options.option`. ``"smoke"`` needs no data and takes seconds; ``"small"`` is for two
-            cores and real data; ``"paper"`` is the published setting.
+            cores, real data, and minutes to hours; ``"paper"`` is the published setting.
         run: does it; the result is plain values, for JSON.
         present: makes tables and figures of a result, read from JSON: NaN and infinity are ``None``, tuples lists. It
             also takes what was published of a run that has not ended.

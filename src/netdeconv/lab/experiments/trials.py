@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -163,17 +163,37 @@ def run_trials(
 ) -> list[dict[str, Any]]:
     """Every trial's numbers, next to what it was; finished ones are not repeated.
 
-    What there is, behind the numbers from ``before``, is published after every trial.
+    Processes with the same run folder share the work: each takes the next trial that no other one is at, and waits for
+    the others when none is left. What all of them have finished, behind the numbers from ``before``, is published
+    after every trial.
     """
     data = DataSets() if data is None else data
-    found: list[dict[str, Any]] = []
-    for trial in trials:
+    plan = list(trials)
+    found: dict[int, dict[str, Any]] = {}
+    for attempt in (workspace.part_if_free, workspace.part):
+        for number, trial in enumerate(plan):
+            if number in found:
+                continue
+            compute = partial(_trained, trial, data, workspace)
+            if attempt(trial.name, dataclasses.asdict(trial), compute) is None:
+                continue
+            with workspace.alone():
+                found |= _finished(plan, found, workspace)
+                workspace.publish({"runs": [*before, *(found[one] for one in sorted(found))]})
+    return [found[number] for number in range(len(plan))]
+
+
+def _trained(trial: Trial, data: DataSets, workspace: Workspace) -> dict[str, Any]:
+    return train(trial, data.get(trial), workspace)
+
+
+def _finished(plan: Sequence[Trial], known: Collection[int], workspace: Workspace) -> dict[int, dict[str, Any]]:
+    """What has been finished since, by whichever process: number in the plan -> the trial and its numbers."""
+    found = {}
+    for number, trial in enumerate(plan):
         settings = dataclasses.asdict(trial)
-        result = workspace.part(
-            trial.name, settings, lambda trial=trial: train(trial, data.get(trial), workspace)  # type: ignore[misc]
-        )  # fmt: skip
-        found.append({**settings, "whitening": dict(trial.whitening), **result})
-        workspace.publish({"runs": [*before, *found]})
+        if number not in known and (result := workspace.finished(trial.name, settings)) is not None:
+            found[number] = {**settings, "whitening": dict(trial.whitening), **result}
     return found
 
 
