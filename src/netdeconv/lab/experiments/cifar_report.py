@@ -1,18 +1,17 @@
-"""Table, figure and verdict of the trainings on CIFAR."""
+"""Tables, pictures and verdict of the trainings on CIFAR, for each data set and number of epochs."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 from netdeconv.lab import published
+from netdeconv.lab.experiments.cifar_picture import draw
 from netdeconv.lab.experiments.experiment import Picture, Presentation
 from netdeconv.lab.experiments.trials import NAMES, accuracies, accuracy_cell, best_rate, by_rate
 from netdeconv.lab.report import Table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["PAPER_RATE", "present"]
 
@@ -24,149 +23,194 @@ NETWORKS = {
 }  # fmt: skip
 DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "digits, enlarged"}
 
+Runs = Sequence[Mapping[str, Any]]
+
 
 class Case(NamedTuple):
-    """What is compared: one network on one data set for so many epochs."""
+    """A network, and its trainings by norm."""
 
-    dataset: str
     network: str
     width: float
-    epochs: int
+    runs: dict[str, list[Mapping[str, Any]]]
+
+    @property
+    def label(self) -> str:
+        return NETWORKS.get(self.network, self.network)
+
+    def accuracy(self, norm: str, rate: float | None) -> float | None:
+        """Mean over seeds; ``None`` where it was not trained at this rate."""
+        same = by_rate(self.runs.get(norm, [])).get(rate) if rate is not None else None
+        return statistics.fmean(accuracies(same)) if same else None
+
+    def best(self, norm: str) -> float | None:
+        """The best of the rates tried."""
+        return best_rate(self.runs[norm]) if norm in self.runs else None
+
+
+class Group:
+    """All networks on one data set for so many epochs.
+
+    Args:
+        dataset, epochs: which.
+        runs: of any network, in any order.
+    """
+
+    def __init__(self, dataset: str, epochs: int, runs: Runs) -> None:
+        self.dataset, self.epochs, self.runs = dataset, epochs, runs
+        cases: dict[tuple[str, float], Case] = {}
+        for run in runs:
+            place = run["network"], run["width"]
+            cases.setdefault(place, Case(*place, {})).runs.setdefault(run["norm"], []).append(run)
+        self.cases = list(cases.values())
+        self.norms = list(dict.fromkeys(run["norm"] for run in runs))
+        self.others = [norm for norm in self.norms if norm != "bn"]
+
+    @property
+    def title(self) -> str:
+        return f"{DATASETS[self.dataset]}, {self.epochs} {'epoch' if self.epochs == 1 else 'epochs'}"
+
+    def rates(self, norm: str) -> list[float]:
+        """All that were tried, the highest first."""
+        return sorted({run["rate"] for run in self.runs if run["norm"] == norm}, reverse=True)
+
+    def one_rate(self, norm: str) -> float:
+        """The rate for all networks: the best on average of those that most of them were trained at."""
+
+        def merit(rate: float) -> tuple[int, float]:
+            found = [value for case in self.cases if (value := case.accuracy(norm, rate)) is not None]
+            return len(found), statistics.fmean(found)
+
+        return max(self.rates(norm), key=merit)
+
+    def lead(self, case: Case, norm: str) -> float | None:
+        """Points of a norm at its one rate above batch normalisation at its best rate for this network."""
+        mine, theirs = case.accuracy(norm, self.one_rate(norm)), case.accuracy("bn", case.best("bn"))
+        return None if mine is None or theirs is None else mine - theirs
+
+    def searched(self, case: Case) -> bool:
+        """Whether batch normalisation had all its rates, and more than one."""
+        return len(by_rate(case.runs.get("bn", []))) == len(self.rates("bn")) > 1
 
 
 def present(result: Mapping[str, Any]) -> Presentation:
     """What came out, also of a run that has not ended."""
-    cases: dict[Case, dict[str, list[Mapping[str, Any]]]] = {}
+    runs: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for run in result["runs"]:
-        case = Case(run["dataset"], run["network"], run["width"], run["epochs"])
-        cases.setdefault(case, {}).setdefault(run["norm"], []).append(run)
-    tables = [_accuracy_table(cases), _rates_table(cases)]
-    figure = Picture(
-        "cifar-rates",
-        "Test accuracy by learning rate: one line for each network, batch normalisation blue, whitened orange.",
-        lambda figure: _draw(figure, cases),
-    )
-    return Presentation(_verdict(cases), tables, [figure])
+        runs.setdefault((run["dataset"], run["epochs"]), []).append(run)
+    groups = [Group(*place, same) for place, same in runs.items()]
+    tables = [*map(_accuracy_table, groups), *map(_rates_table, groups)]
+    return Presentation(" ".join(map(_verdict, groups)), tables, [_picture(group, len(groups)) for group in groups])
 
 
-def _others(norms: Mapping[str, Any]) -> list[str]:
-    return [norm for norm in norms if norm != "bn"]
-
-
-def _accuracy_table(cases: Mapping[Case, Mapping[str, list[Mapping[str, Any]]]]) -> Table:
-    others = list(dict.fromkeys(norm for norms in cases.values() for norm in _others(norms)))
-    rows = []
-    for case, norms in cases.items():
-        bn = by_rate(norms.get("bn", []))
-        best = best_rate(norms["bn"]) if bn else None
-        cells = [accuracy_cell(bn.get(PAPER_RATE, []))]
-        cells += [f"{accuracy_cell(bn[best])} ({best:g})" if best is not None else ""]
-        for norm in others:
-            runs = norms.get(norm, [])
-            cells.append(f"{accuracy_cell(by_rate(runs)[best_rate(runs)])} ({best_rate(runs):g})" if runs else "")
-        was = published.cifar(case.dataset, case.network, case.epochs)
-        cells += [f"{was.bn:.2f} / {was.nd:.2f} %" if was else ""]
-        label = NETWORKS.get(case.network, case.network)
-        rows.append([label, f"{case.width:g}", DATASETS[case.dataset], str(case.epochs), *cells])
-    columns = ["network", "width", "data", "epochs", f"BN at {PAPER_RATE:g}", "BN at its best rate"]
-    columns += [f"{NAMES.get(norm, norm)} at its best rate" for norm in others] + ["published BN / ND, full width"]
+def _accuracy_table(group: Group) -> Table:
+    columns = ["network", "width", f"BN at {PAPER_RATE:g}", "BN at its best rate"]
+    for norm in group.others:
+        columns += [f"{NAMES.get(norm, norm)} at {rate:g}" for rate in group.rates(norm)]
+        columns += [f"lead of {NAMES.get(norm, norm)} at {group.one_rate(norm):g}"]
+    rows = [_row(group, case) for case in group.cases]
+    means = _mean_row(group)
     note = (
-        "Test accuracy after the last epoch, in brackets the learning rate; ± is the standard deviation over seeds. "
-        f"Batch {_only(cases, 'batch_size')}, weight decay {_only(cases, 'weight_decay')}, momentum 0.9, cosine per "
-        "step. Width is the factor on the channels; the published values are of the full width, so that only the "
-        "differences compare. The best rate is the best on the test images, for all alike, of those tried: "
-        f"{_tried(cases)}."
+        "Test accuracy after the last epoch, mean and standard deviation over seeds; in brackets the learning rate. "
+        f"Batch {_only(group, 'batch_size')}, weight decay {_only(group, 'weight_decay')}, momentum 0.9, cosine per "
+        f"step. Tried: {_tried(group)}. Best means best on the test images. Lead: points above BN at its best rate for "
+        "each network, at one rate for all networks, the best on average. Width is the factor on the channels; the "
+        "published values are of the full width, so that only the differences compare."
     )
-    return Table(columns, rows, title="Test accuracy", note=note)
+    title = f"{group.title}: test accuracy"
+    return Table([*columns, "published BN / ND, full width"], [*rows, *means], title=title, note=note)
 
 
-def _tried(cases: Mapping[Case, Mapping[str, list[Mapping[str, Any]]]]) -> str:
+def _row(group: Group, case: Case) -> list[str]:
+    bn = by_rate(case.runs.get("bn", []))
+    best = case.best("bn")
+    cells = [accuracy_cell(bn.get(PAPER_RATE, [])), f"{accuracy_cell(bn[best])} ({best:g})" if best is not None else ""]
+    for norm in group.others:
+        mine = by_rate(case.runs.get(norm, []))
+        cells += [accuracy_cell(mine.get(rate, [])) for rate in group.rates(norm)]
+        lead = group.lead(case, norm)
+        cells += ["" if lead is None else f"{lead:+.1f}"]
+    was = published.cifar(group.dataset, case.network, group.epochs)
+    return [case.label, f"{case.width:g}", *cells, f"{was.bn:.2f} / {was.nd:.2f} %" if was else ""]
+
+
+def _mean_row(group: Group) -> list[list[str]]:
+    """The mean over all networks, where there are several and all have everything."""
+    columns: list[list[float | None]] = [
+        [case.accuracy("bn", PAPER_RATE) for case in group.cases],
+        [case.accuracy("bn", case.best("bn")) for case in group.cases],
+    ]
+    leads = []
+    for norm in group.others:
+        columns += [[case.accuracy(norm, rate) for case in group.cases] for rate in group.rates(norm)]
+        leads.append(len(columns))
+        columns += [[group.lead(case, norm) for case in group.cases]]
+    if len(group.cases) < 2 or any(None in column for column in columns):
+        return []
+    means = [statistics.fmean(value for value in column if value is not None) for column in columns]
+    cells = [f"{mean:+.1f}" if i in leads else f"{mean:.1f} %" for i, mean in enumerate(means)]
+    return [["mean", "", *cells, ""]]
+
+
+def _tried(group: Group) -> str:
     """The rates of every norm; not every network may have had them all yet."""
-    rates: dict[str, set[float]] = {}
-    for norms in cases.values():
-        for norm, runs in norms.items():
-            rates.setdefault(norm, set()).update(run["rate"] for run in runs)
     return "; ".join(
-        f"{NAMES.get(norm, norm)} {', '.join(f'{rate:g}' for rate in sorted(found))}" for norm, found in rates.items()
+        f"{NAMES.get(norm, norm)} {', '.join(f'{rate:g}' for rate in group.rates(norm))}" for norm in group.norms
     )
 
 
-def _only(cases: Mapping[Case, Mapping[str, list[Mapping[str, Any]]]], key: str) -> str:
-    values = dict.fromkeys(run[key] for norms in cases.values() for runs in norms.values() for run in runs)
-    return ", ".join(f"{value:g}" for value in values)
+def _only(group: Group, key: str) -> str:
+    return ", ".join(f"{value:g}" for value in dict.fromkeys(run[key] for run in group.runs))
 
 
-def _rates_table(cases: Mapping[Case, Mapping[str, list[Mapping[str, Any]]]]) -> Table:
+def _rates_table(group: Group) -> Table:
     rows = []
-    for case, norms in cases.items():
-        for norm, runs in norms.items():
+    for case in group.cases:
+        for norm, runs in case.runs.items():
             for rate, same in sorted(by_rate(runs).items(), reverse=True):
                 loss = [run["curves"]["train/loss"][-1] for run in same]
                 shown = "diverged" if None in loss else f"{statistics.fmean(loss):.3f}"
                 seconds = statistics.median(run["seconds_per_step"] for run in same)
-                name = f"{NETWORKS.get(case.network, case.network)}, {case.epochs}"
                 cells = [NAMES.get(norm, norm), f"{rate:g}", ", ".join(str(run["seed"]) for run in same)]
-                rows.append([name, *cells, accuracy_cell(same), shown, f"{seconds:.3f}"])
-    columns = ["network, epochs", "norm", "rate", "seeds", "test accuracy", "training loss", "s per step"]
+                rows.append([case.label, *cells, accuracy_cell(same), shown, f"{seconds:.3f}"])
+    columns = ["network", "norm", "rate", "seeds", "test accuracy", "training loss", "s per step"]
     note = (
         "Training loss: mean over the last epoch. Seconds: median over the steps, on a machine that did other work too."
     )
-    return Table(columns, rows, title="Every rate", note=note)
+    return Table(columns, rows, title=f"{group.title}: every rate", note=note)
 
 
-def _verdict(cases: Mapping[Case, Mapping[str, list[Mapping[str, Any]]]]) -> str:
-    against_paper, against_best, compared = [], [], []
-    for case, norms in cases.items():
-        if "bn" not in norms or "nd" not in norms:
-            continue
-        nd = statistics.fmean(accuracies(by_rate(norms["nd"])[best_rate(norms["nd"])]))
-        bn = by_rate(norms["bn"])
-        compared.append(NETWORKS.get(case.network, case.network))
-        if PAPER_RATE in bn:
-            against_paper.append(nd - statistics.fmean(accuracies(bn[PAPER_RATE])))
-        if len(bn) > 1:  # one rate is no choice
-            against_best.append(nd - statistics.fmean(accuracies(bn[best_rate(norms["bn"])])))
-    if not compared:
-        return "Nothing to compare yet."
-    return " ".join(
-        [
-            _sentence("at the paper's rate", against_paper),
-            _sentence("at its own best rate", against_best),
-        ]
+def _verdict(group: Group) -> str:
+    if "nd" not in group.norms or "bn" not in group.norms:
+        return f"{group.title}: nothing to compare yet."
+    rate = group.one_rate("nd")
+    pairs = [(case.accuracy("nd", rate), case.accuracy("bn", PAPER_RATE)) for case in group.cases]
+    at_papers = [mine - theirs for mine, theirs in pairs if mine is not None and theirs is not None]
+    at_best = [lead for case in group.cases if group.searched(case) and (lead := group.lead(case, "nd")) is not None]
+    count = len(group.rates("bn"))
+    return (
+        f"{group.title}, network deconvolution at rate {rate:g} for all networks. "
+        + _sentence(f"at its own best rate, of {count} tried,", at_best)
+        + " "
+        + _sentence("at the paper's rate", at_papers)
     )
 
 
-def _sentence(which: str, gaps: list[float]) -> str:
+def _sentence(which: str, gaps: Sequence[float]) -> str:
     if not gaps:
         return f"Batch normalisation {which} was not run or not searched for yet."
     ahead = sum(gap > 0 for gap in gaps)
-    reach = f"{min(gaps):+.1f} to {max(gaps):+.1f}" if len(gaps) > 1 else f"{gaps[0]:+.1f}"
+    reach = f"{min(gaps):+.1f} to {max(gaps):+.1f}, mean " if len(gaps) > 1 else ""
     word = "holds" if ahead == len(gaps) else "does not hold" if ahead == 0 else "holds in part"
     return (
         f"Against batch normalisation {which} the claim {word}: network deconvolution is ahead in {ahead} of "
-        f"{len(gaps)} comparisons ({reach} points)."
+        f"{len(gaps)} comparisons ({reach}{statistics.fmean(gaps):+.1f} points)."
     )
 
 
-def _draw(figure: Figure, cases: Mapping[Case, Mapping[str, list[Mapping[str, Any]]]]) -> None:
-    from netdeconv.lab.plots import STYLES, tidy
-
-    columns = min(3, len(cases)) or 1
-    rows = -(-len(cases) // columns) or 1
-    figure.set_size_inches(3.4 * columns, 2.7 * rows + 0.4)
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
-    for axes, (case, norms) in zip(grid, cases.items(), strict=False):
-        for norm, runs in norms.items():
-            groups = sorted(by_rate(runs).items())
-            style = STYLES["bn" if norm == "bn" else "nd"]
-            means = [statistics.fmean(accuracies(same)) for _, same in groups]
-            line = "--" if norm not in ("bn", "nd") else "-"
-            axes.plot([rate for rate, _ in groups], means, line, label=NAMES.get(norm, norm), markersize=5, **style)
-        axes.set(xscale="log", title=f"{NETWORKS.get(case.network, case.network)}, {case.epochs} epochs")
-        axes.title.set_fontsize(9)
-        axes.set_xlabel("learning rate", fontsize=8)
-        axes.set_ylabel("test accuracy, %", fontsize=8)
-        axes.legend(fontsize=7, frameon=False)
-        tidy(axes)
-    for axes in list(grid):
-        axes.set_axis_off()
+def _picture(group: Group, groups: int) -> Picture:
+    panels = {f"{case.label}, width {case.width:g}": case.runs for case in group.cases}
+    return Picture(
+        "cifar-rates" if groups == 1 else f"cifar-rates-{group.dataset}-{group.epochs}",
+        f"{group.title}: test accuracy by learning rate, mean over seeds and the seeds' range.",
+        partial(draw, title=group.title, panels=panels),
+    )
