@@ -9,6 +9,12 @@ TEST_TIMEOUT ?= 900
 MIN_COVERAGE ?= 95
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+# Of make gpu
+BUDGET ?= 480
+OUT ?= runs/gpu
+DATA ?=
+STAGES ?= tests,bench,cifar,fit
+PROCESSES ?= 12
 
 BIN := $(VENV)/bin
 # One thread for each worker: two workers with all cores each would only wait for one another.
@@ -18,7 +24,7 @@ COVERED := functional nn
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format clean distclean FORCE
+.PHONY: help demo test lint format gpu clean distclean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +47,10 @@ lint: $(VENV)/.installed-dev ## ruff and mypy
 
 format: $(VENV)/.installed-dev ## sort imports and mend what ruff can mend
 	$(BIN)/ruff check --fix .
+
+# Not in .venv: a machine with a GPU is often a bare one, which has torch and no network; see tools/gpu_run.py.
+gpu: ## on a machine with a GPU: tests, benchmarks, trainings within BUDGET seconds (OUT=DIR DATA=DIR STAGES=tests,bench,cifar,fit)
+	$(PYTHON) tools/gpu_run.py --budget $(BUDGET) --out $(OUT) --stages $(STAGES) --processes $(PROCESSES) $(if $(DATA),--data $(DATA))
 
 clean: ## remove caches, coverage and build artefacts (runs/ and .venv stay)
 	rm -rf build dist htmlcov .coverage .coverage.* .pytest_cache .ruff_cache .mypy_cache .hypothesis
