@@ -4,7 +4,7 @@ The target is the map of k coupled Newton-Schulz steps from the eigenvalue a in 
 ``z(a) = s_k / sqrt(a)``, ``s_0 = sqrt(a)``, ``s <- s (3 - s^2) / 2``.
 
 - `chebyshev` fits one polynomial in ``2 a - 1``, minimax in relative error, by Lawson's reweighting, and divides it
-  into pieces of degree 3, times powers of T_4, which is how it is evaluated.
+  into pieces, times powers of T_s, which is how it is evaluated. For 2 steps it is the map itself, which has degree 4.
 - `quintics` fits a chain of odd quintic steps ``s <- s (c0 + c1 s^2 + c2 s^4)`` by reweighted least squares of the
   relative error of the gain, from minimax steps of the same slope at zero.
 
@@ -31,8 +31,8 @@ def grid(points: int = 20_001) -> np.ndarray:
     return np.unique(np.r_[np.logspace(-12, 0, points), (1 - np.cos(np.linspace(0, np.pi, points))[1:]) / 2])
 
 
-def chebyshev(num_iters: int, degree: int) -> tuple[list[list[float]], float]:
-    """Pieces (low powers of T_4 first) of the relative minimax polynomial, and its error."""
+def chebyshev(num_iters: int, degree: int, size: int) -> tuple[list[list[float]], float]:
+    """Pieces of degree below ``size`` (low powers of T_size first) of the relative minimax polynomial, and its error."""
     a = grid(4001)
     target = gain(a, num_iters)
     basis = cheb.chebvander(2 * a - 1, degree) / target[:, None]
@@ -46,20 +46,20 @@ def chebyshev(num_iters: int, degree: int) -> tuple[list[list[float]], float]:
             best, smallest = coefficients, error.max()
         weight *= error**0.5  # slower than Lawson's first power, but it does not starve points of weight
         weight /= weight.sum()
-    pieces, t4 = [], np.r_[np.zeros(4), 1]
-    while len(best) > 4:
-        best, rest = cheb.chebdiv(best, t4)
-        pieces.append(np.pad(rest, (0, 4 - len(rest))))
-    pieces.append(np.pad(best, (0, 4 - len(best))))
-    return [list(map(float, piece)) for piece in pieces], chebyshev_error(pieces, num_iters)
+    pieces, divisor = [], np.r_[np.zeros(size), 1]
+    while len(best) > size:
+        best, rest = cheb.chebdiv(best, divisor)
+        pieces.append(rest)
+    pieces.append(best)
+    return [list(map(float, piece)) for piece in pieces], chebyshev_error(pieces, num_iters, size)
 
 
-def chebyshev_error(pieces: list, num_iters: int) -> float:
+def chebyshev_error(pieces: list, num_iters: int, size: int) -> float:
     a = grid()
     x = 2 * a - 1
     value = np.zeros_like(a)
     for piece in reversed(pieces):
-        value = value * cheb.chebval(x, [0, 0, 0, 0, 1]) + cheb.chebval(x, piece)
+        value = value * np.cos(size * np.arccos(x.clip(-1, 1))) + cheb.chebval(x, piece)
     return float(np.abs(value / gain(a, num_iters) - 1).max())
 
 
@@ -110,10 +110,11 @@ def quintics(num_iters: int, count: int) -> tuple[np.ndarray, float]:
 
 
 def main() -> None:
-    pieces, error = chebyshev(5, 15)
-    print(f"# 5 steps, degree 15: largest relative error of the gain {error:.1e}")
-    for piece in pieces:
-        print("    (" + ", ".join(f"{value:.15g}" for value in piece) + "),")
+    for num_iters, degree, size in ((2, 4, 2), (3, 6, 3), (5, 15, 4)):
+        pieces, error = chebyshev(num_iters, degree, size)
+        print(f"# {num_iters} steps, degree {degree}: largest relative error of the gain {error:.1e}")
+        for piece in pieces:
+            print("    (" + ", ".join(f"{value:.15g}" for value in piece) + "),")
     steps, error = quintics(15, 5)
     print(f"# 15 steps, 5 quintics: largest relative error of the gain {error:.1e}")
     for step in steps:

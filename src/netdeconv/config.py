@@ -11,34 +11,53 @@ from typing import Any
 from netdeconv.errors import ConfigError
 from netdeconv.functional.isqrt import SOLVERS, chosen_solver
 
-__all__ = ["GROUPINGS", "SAMPLINGS", "WhiteningConfig"]
+__all__ = ["AVERAGES", "GROUPINGS", "KINDS", "SAMPLINGS", "WhiteningConfig"]
 
+AVERAGES = ("covariance", "root")
 GROUPINGS = ("contiguous", "interleaved")
 SAMPLINGS = ("tiles", "spread", "corner")
 
-_LINEAR_BLOCK = 512
-_DEPTHWISE_SAMPLES = 1024
+# What a setting is where it is None, by the kind of layer. The number of Newton-Schulz steps is how hard is whitened:
+# the fewer inputs a layer mixes, the less it takes. "published" is what a kind differs in for .paper().
+_LAYER = {"num_iters": 3, "scale": True, "update_every": 16, "differentiable": False, "average": "covariance"}
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": _LAYER,
+    "1x1": {**_LAYER, "num_iters": 1},
+    "grouped": _LAYER,
+    "depthwise": {**_LAYER, "num_iters": 1},
+    "linear": {"num_iters": 3, "scale": False, "update_every": 1, "differentiable": True, "average": "root"},
+    "channels": {**_LAYER, "num_iters": 5},
+}
+
+# Channels of a block. Folding takes 4 operations for every weight and feature of a block; in wide layers, which have
+# most of a network's weights, that is most of what whitening costs.
+_BLOCK, _BLOCK_OF_WIDE, _WIDE, _LINEAR_BLOCK, _PUBLISHED_BLOCK = 32, 16, 512, 512, 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WhiteningConfig:
-    """Settings of one whitening; the same object may serve every layer of a network.
+    """Settings of the whitening; the same object may serve every layer of a network.
+
+    A setting that is ``None`` is chosen by the kind of layer (:data:`KINDS`), wherever the object is passed: to a
+    layer, to :func:`netdeconv.convert`, or nowhere. ``momentum`` and ``max_samples`` have a ``None`` of their own.
 
     Args:
-        block_size: channels whitened together; published are 64. A layer with more channels is cut into blocks that
-            share one root; when the block size does not divide the channels the last block is smaller and has its own.
-            ``None`` is 32, and 16 for kernels of several taps over 512 channels or more, where most of what whitening
-            costs is to fold the root into the weights.
+        block_size: channels whitened together. A layer with more channels is cut into blocks that share one root; when
+            the block size does not divide the channels the last block is smaller and has its own. ``None`` is 512
+            in linear layers, 32 in convolutions, and 16 for kernels of several taps over 512 channels or more;
+            with ``grouping="interleaved"`` it is 64 in convolutions, as published.
         grouping: ``"contiguous"`` blocks of neighbouring channels, each centred by its own mean; or
             ``"interleaved"``, the published procedure, which deals the flattened (channel, tap) index out to
             the blocks in turn, pools mean and covariance over them, and takes the greatest common divisor
             when the block size does not divide the channels.
-        eps: added to the diagonal of the covariance, in squared units of the layer's input.
-        num_iters: Newton-Schulz steps. 5, the published number, caps the gain at 1.5**5 = 7.6 and so does not
-            whiten fully; 15 comes close. The solver ``"eigh"`` is exact and does not look at it.
+        eps: added to the diagonal of the covariance, in squared units of the layer's input, or of its standard deviation
+            with ``scale``, where it is also the smallest variance that a channel is divided by.
+        num_iters: Newton-Schulz steps: how hard is whitened. ``None`` is 3, and 1 in 1x1 and in depthwise convolutions. 5, the published number, caps the gain at 1.5**5 = 7.6 and does not whiten
+            fully; 15 comes close. The solver ``"eigh"`` is exact and does not look at it.
         solver: how the inverse square root is computed, see :func:`netdeconv.functional.inverse_sqrt`.
-        momentum: share of the running values that one training step replaces, as in batch normalisation. A root
-            after k steps counts as ``(k + 1) / 2`` of them. ``None`` averages all steps equally, a root for all k.
+        momentum: share of the running values that one training step replaces, as in batch normalisation, and one
+            refresh of an averaged covariance. Of averaged roots, one after k steps counts as ``(k + 1) / 2`` of
+            them. ``None`` averages all steps equally, a root for all k.
         sampling: ``"tiles"`` looks at patches of a grid that starts in the top left corner, with the default
             distance 3x3 kernels tile the map with them; ``"spread"`` at patches spread evenly over the map. Both
             look at all of them when they fit ``max_samples``, otherwise at others on every refresh, and are the
@@ -46,39 +65,47 @@ class WhiteningConfig:
             and takes the mean from it, too (for 1x1 kernels: from every k-th row of the batch).
         sampling_stride: distance of sampled patches along every dimension, in output positions.
         max_samples: most patches looked at in one refresh; ``None`` for no limit. Not with ``"corner"``.
-        update_every: training steps between two computations of the root; the mean is taken at every step. The
-            first 16 steps compute it every time, then the distance doubles until it has reached this number.
-        differentiable: let the gradient flow through mean and root where they are computed, as published.
-        debias: running values are weighted averages of what was seen, right from the first refresh, the gains of a
-            root averaged as variances. Without it they are plain averages that start at zero mean and identity root,
-            as published.
+        scale: divide every channel by its standard deviation in this batch, at every step and with the gradient through
+            it, as batch normalisation does; the root is then that of the correlations. ``None`` is true but for
+            linear layers.
+        update_every: training steps between two computations of the root; mean and scale are taken at every step. The
+            first 16 steps compute it every time, then the distance doubles until it has reached this number. ``None``
+            is 16, and 1 in linear layers.
+        differentiable: use the root of this batch alone, where one is computed, and let the gradient flow through mean
+            and root, as published. ``None`` is true in linear layers only.
+        average: what is averaged over the refreshes: the ``"covariance"``, whose root training and evaluation then
+            share, or the ``"root"`` of every batch, for evaluation, while training takes that of the last refresh, as
+            published. ``None`` is ``"root"`` in linear layers only.
+        debias: running values are weighted averages of what was seen, right from the first refresh, the gains of an
+            averaged root averaged as variances. Without it they are plain averages that start at zero mean and
+            identity root, as published.
         sync: in distributed training, gather the statistics over all processes of ``process_group``.
 
     Raises:
-        ConfigError: a value out of range or unknown.
+        ConfigError: a value out of range or unknown, or two that exclude one another.
 
-    Source: Ye et al., Network Deconvolution, ICLR 2020, arXiv 1905.11926.
+    Source: Ye et al., Network Deconvolution, ICLR 2020, arXiv 1905.11926; kinds, scale and averages are ours.
     """
 
     block_size: int | None = None
     grouping: str = "contiguous"
     eps: float = 1e-5
-    num_iters: int = 5
+    num_iters: int | None = None
     solver: str = "auto"
     momentum: float | None = 0.1
     sampling: str = "tiles"
     sampling_stride: int = 3
     max_samples: int | None = 4096
-    update_every: int = 16
-    differentiable: bool = False
+    scale: bool | None = None
+    update_every: int | None = None
+    differentiable: bool | None = None
+    average: str | None = None
     debias: bool = True
     sync: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("num_iters", "sampling_stride", "update_every"):
-            self._require_whole(name, getattr(self, name))
-        for name in ("block_size", "max_samples"):
-            if getattr(self, name) is not None:
+        for name in ("block_size", "num_iters", "sampling_stride", "max_samples", "update_every"):
+            if getattr(self, name) is not None or name == "sampling_stride":
                 self._require_whole(name, getattr(self, name))
         if not (_is_number(self.eps) and 0 <= self.eps < math.inf):
             raise ConfigError(
@@ -92,35 +119,60 @@ class WhiteningConfig:
             )
         for name, known in (("grouping", GROUPINGS), ("sampling", SAMPLINGS), ("solver", SOLVERS)):
             _require_known(name, getattr(self, name), known)
-        for name in ("differentiable", "debias", "sync"):
+        if self.average is not None:
+            _require_known("average", self.average, AVERAGES)
+        for name in ("debias", "sync"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(
                     f"WhiteningConfig: expected {name} True or False, got {getattr(self, name)!r}. Pass a bool."
                 )
-        try:
-            chosen_solver(self.solver, self.num_iters)
-        except ValueError as error:
-            raise ConfigError(str(error).replace("inverse_sqrt", "WhiteningConfig", 1)) from None
+        for name in ("scale", "differentiable"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise ConfigError(
+                    f"WhiteningConfig: expected {name} True, False or None, got {getattr(self, name)!r}. Pass a bool."
+                )
+        self._require_compatible()
+
+    def _require_compatible(self) -> None:
+        """Settings that exclude one another."""
+        for num_iters in {kind["num_iters"] for kind in KINDS.values()} if self.num_iters is None else (self.num_iters,):
+            try:
+                chosen_solver(self.solver, num_iters)
+            except ValueError as error:
+                raise ConfigError(str(error).replace("inverse_sqrt", "WhiteningConfig", 1)) from None
         if self.sampling == "corner" and self.max_samples is not None:
             raise ConfigError(
                 f"WhiteningConfig: max_samples={self.max_samples} cannot apply to sampling='corner', which has a "
                 "fixed grid. Pass max_samples=None, or sampling='tiles'."
+            )
+        if self.differentiable and self.average == "covariance":
+            raise ConfigError(
+                "WhiteningConfig: average='covariance' cannot apply with differentiable=True, which takes the root of "
+                "one batch. Pass average='root', or differentiable=False."
+            )
+        if self.scale and self.grouping == "interleaved":
+            raise ConfigError(
+                "WhiteningConfig: scale=True cannot apply to grouping='interleaved', which pools channels. "
+                "Pass scale=False, or grouping='contiguous'."
             )
 
     @classmethod
     def paper(cls, **overrides: Any) -> WhiteningConfig:
         """The published procedure to the letter: statistics of every batch, gradient through them.
 
-        Any setting may be overridden by keyword, e.g. ``WhiteningConfig.paper(num_iters=15)``.
+        Any setting may be overridden by keyword, e.g. ``WhiteningConfig.paper(num_iters=15)``. Blocks are of 64
+        channels, and of 512 features in linear layers, as for the paper's 32x32 images.
         """
         published: dict[str, Any] = {
-            "block_size": 64,
             "grouping": "interleaved",
+            "num_iters": 5,
             "solver": "newton_schulz",
             "sampling": "corner",
             "max_samples": None,
+            "scale": False,
             "update_every": 1,
             "differentiable": True,
+            "average": "root",
             "debias": False,
             "sync": False,
         }
@@ -130,23 +182,28 @@ class WhiteningConfig:
         """A copy with some settings changed, checked like a new one."""
         return dataclasses.replace(self, **changes)
 
-    def for_linear(self) -> WhiteningConfig:
-        """These settings as linear layers get them: blocks of 512, and every step's own root, with its gradient.
+    def resolved(self, kind: str, channels: int) -> WhiteningConfig:
+        """These settings as a layer of this kind gets them, one of :data:`KINDS`, with nothing left to choose.
 
-        That is the published procedure. A batch gives a linear layer few rows, often fewer than features, so that
-        one batch's root says little about the next one's; kept roots cost accuracy there and save little time.
+        Args:
+            kind: one of :data:`KINDS`.
+            channels: input channels of a convolution group.
         """
-        return self.replace(block_size=_LINEAR_BLOCK, update_every=1, differentiable=True)
+        by_kind = {**KINDS[kind], "block_size": self._block_size(kind, channels)}
+        if self.differentiable:
+            by_kind["average"] = "root"
+        if self.average == "covariance":
+            by_kind["differentiable"] = False
+        if self.grouping == "interleaved":
+            by_kind["scale"] = False
+        return self.replace(**{name: value for name, value in by_kind.items() if getattr(self, name) is None})
 
-    def for_depthwise(self) -> WhiteningConfig:
-        """These settings as depthwise convolutions get them: every step's own root, from at most 1,024 patches.
-
-        A depthwise convolution whitens every channel for itself, so that the gain of a channel is bounded by nothing
-        but its own deviation, and a kept root multiplies a channel that has grown since. Its roots are as small as the
-        kernel, so that few patches are enough; ``max_samples=None`` stays.
-        """
-        most = self.max_samples if self.max_samples is None else min(self.max_samples, _DEPTHWISE_SAMPLES)
-        return self.replace(update_every=1, max_samples=most)
+    def _block_size(self, kind: str, channels: int) -> int:
+        if kind == "linear":
+            return _LINEAR_BLOCK
+        if self.grouping == "interleaved":
+            return _PUBLISHED_BLOCK
+        return _BLOCK_OF_WIDE if kind in ("dense", "grouped") and channels >= _WIDE else _BLOCK
 
     @staticmethod
     def _require_whole(name: str, value: Any) -> None:

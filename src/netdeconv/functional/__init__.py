@@ -7,6 +7,7 @@ from netdeconv.functional.isqrt import SOLVERS, inverse_sqrt
 from netdeconv.functional.moments import Moments, patch_moments
 from netdeconv.functional.patches import Window, gather_patches, mean_patch
 from netdeconv.functional.sampling import Sample, corner_patches, spread_patches
+from netdeconv.functional.scale import channel_variance
 
 __all__ = [
     "SOLVERS",
@@ -14,6 +15,7 @@ __all__ = [
     "Moments",
     "Sample",
     "Window",
+    "channel_variance",
     "corner_patches",
     "fold",
     "gather_patches",

@@ -17,10 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Blocks"]
 
-# Folding takes 4 operations for every weight and feature of a block; in wide layers, which have most of a network's
-# weights, that is most of what whitening costs.
-_BLOCK, _BLOCK_OF_WIDE, _WIDE = 32, 16, 512
-
 
 def _derived() -> Any:
     """A field that follows from the others, and is worked out once."""
@@ -79,10 +75,8 @@ class Blocks:
             object.__setattr__(self, name, value)
 
     @classmethod
-    def plan(cls, channels: int, window: Window, groups: int, block_size: int | None, grouping: str) -> Blocks:
+    def plan(cls, channels: int, window: Window, groups: int, block_size: int, grouping: str) -> Blocks:
         """The cut that a layer uses for the wanted block size and grouping.
-
-        ``None`` is a block size of 32 channels, and of 16 where a kernel of several taps looks at 512 or more.
 
         ``"contiguous"`` takes the block size, or the channels of a group where these are fewer.
         ``"interleaved"`` follows the authors' code: with groups a block is a whole group, without them the
@@ -90,9 +84,6 @@ class Blocks:
         blocks. The mean is pooled.
         """
         per_group = channels // groups
-        if block_size is None:
-            wide = window.taps > 1 and per_group >= _WIDE
-            block_size = _BLOCK_OF_WIDE if wide else _BLOCK
         block_size = min(block_size, per_group)
         if grouping == "contiguous":
             return cls(channels, window.taps, groups, block_size)
@@ -146,3 +137,7 @@ class Blocks:
             (part.mT @ part / part.shape[-2]).reshape(shape)
             for part, shape in zip(parts, self.root_shapes, strict=True)
         ]
+
+    def of_channels(self, value: Tensor) -> Tensor:
+        """A number of every channel as ``(groups, group_features)``, the same for all taps."""
+        return value.unsqueeze(-1).expand(-1, self.taps).reshape(self.groups, self.group_features)

@@ -21,15 +21,21 @@ __all__ = ["fold"]
 
 
 def fold(
-    weight: Tensor, bias: Tensor | None, mean: Tensor, roots: Sequence[Tensor], blocks: Blocks
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    roots: Sequence[Tensor],
+    blocks: Blocks,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias of the plain layer that whitens its input and then applies ``weight`` and ``bias``.
 
-    ``(x - mean) D w + b = x (D w) + (b - mean D w)``: the first form moves every activation, the second none.
+    ``(x - mean) S D w + b = x (S D w) + (b - mean S D w)``, S the diagonal of ``scale``: the first form moves every
+    activation, the second none.
 
     Shapes: weight ``(out, channels / groups, *kernel)``, bias ``(out,)`` or ``None``, mean
-    ``blocks.mean_shape``, roots ``blocks.root_shapes`` -> the same shapes as weight and ``(out,)``, in the
-    weight's dtype. Computed in float32 at least, also under autocast.
+    ``blocks.mean_shape``, roots ``blocks.root_shapes``, scale ``(channels,)`` or ``None`` for ones -> the same shapes
+    as weight and ``(out,)``, in the weight's dtype. Computed in float32 at least, also under autocast.
 
     Source: Ye et al. 2020, section 3.4 (implicit deconvolution).
     """
@@ -37,16 +43,20 @@ def fold(
     with without_autocast(weight.device.type):
         exact_weight, exact_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         spread, exact_roots = blocks.spread_mean(mean.to(dtype)), [root.to(dtype) for root in roots]
-        fold_in = _Fold.apply if _recorded(exact_weight, *exact_roots) and not watched() else _plain_fold
-        folded, shifted = fold_in(blocks, exact_weight, exact_bias, spread, *exact_roots)
+        exact_scale = None if scale is None else scale.to(dtype)
+        recorded = [exact_weight, *exact_roots, *(() if exact_scale is None else (exact_scale,))]
+        fold_in = _Fold.apply if _recorded(*recorded) and not watched() else _plain_fold
+        folded, shifted = fold_in(blocks, exact_weight, exact_bias, spread, exact_scale, *exact_roots)
     return folded.to(weight.dtype), shifted.to(weight.dtype)
 
 
 def _plain_fold(
-    blocks: Blocks, weight: Tensor, bias: Tensor | None, mean: Tensor, *roots: Tensor
+    blocks: Blocks, weight: Tensor, bias: Tensor | None, mean: Tensor, scale: Tensor | None, *roots: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``(w, b) -> (D w, b - mean D w)`` for every group, in operators that anything can look through."""
+    """``(w, b) -> (S D w, b - mean S D w)`` for every group, in operators that anything can look through."""
     folded = _times_roots(weight.reshape(blocks.groups, -1, blocks.group_features), roots, blocks)
+    if scale is not None:
+        folded = folded * blocks.of_channels(scale).unsqueeze(1)
     shift = torch.bmm(folded, mean.unsqueeze(-1)).flatten()  # `@` has more operators around it
     return folded.reshape(weight.shape), -shift if bias is None else bias - shift
 
@@ -63,20 +73,26 @@ def _recorded(*tensors: Tensor) -> bool:
 class _Fold(Function):
     """:func:`_plain_fold`, with as few passes over the weights backwards as forwards.
 
-    The gradient of w is that of its first result plus an outer product, times D. The outer product is multiplied
-    by D as a vector, and added in place; recorded step by step, it would be written out and added up in three more
-    passes, each into memory of its own.
+    The gradient of S D w is that of the first result less an outer product of the second's and the mean. Without
+    scale, the outer product is multiplied by D as a vector, and added in place.
     """
 
     @staticmethod  # not in two parts, with setup_context: torch takes longer to call that than the product takes
     def forward(
-        ctx: Any, blocks: Blocks, weight: Tensor, bias: Tensor | None, mean: Tensor, *roots: Tensor
+        ctx: Any,
+        blocks: Blocks,
+        weight: Tensor,
+        bias: Tensor | None,
+        mean: Tensor,
+        scale: Tensor | None,
+        *roots: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        folded, shifted = _plain_fold(blocks, weight, bias, mean, *roots)
-        # What only the gradients of mean and root need is kept only where there are such gradients.
-        _, _, _, for_mean, *for_roots = ctx.needs_input_grad
+        folded, shifted = _plain_fold(blocks, weight, bias, mean, scale, *roots)
+        # What only the gradients of mean, scale and root need is kept only where there are such gradients.
+        _, _, _, for_mean, for_scale, *for_roots = ctx.needs_input_grad
         ctx.blocks = blocks
-        ctx.save_for_backward(mean, *roots, *((folded,) if for_mean else ()), *((weight,) if any(for_roots) else ()))
+        kept_fold = (folded,) if for_mean or for_scale else ()
+        ctx.save_for_backward(mean, scale, *roots, *kept_fold, *((weight,) if any(for_roots) else ()))
         return folded, shifted
 
     @staticmethod
@@ -89,29 +105,36 @@ class _Fold(Function):
     @staticmethod
     def _gradients(ctx: Any, grad_folded: Tensor, grad_shifted: Tensor) -> tuple[Tensor | None, ...]:
         blocks: Blocks = ctx.blocks
-        _, for_weight, for_bias, for_mean, *for_roots = ctx.needs_input_grad
-        mean, *kept = ctx.saved_tensors
+        _, for_weight, for_bias, for_mean, for_scale, *for_roots = ctx.needs_input_grad
+        mean, scale, *kept = ctx.saved_tensors
         roots, kept = kept[: len(for_roots)], kept[len(for_roots) :]
         grad_rows = grad_folded.reshape(blocks.groups, -1, blocks.group_features)
         grad_shift = -grad_shifted.reshape(blocks.groups, -1, 1)
-        grad_mean = None
+        grad_mean = grad_scale = grad_weight = None
+        folded = kept.pop(0).reshape(grad_rows.shape) if for_mean or for_scale else None
         if for_mean:
-            grad_mean = (grad_shift.mT @ kept.pop(0).reshape(grad_rows.shape)).squeeze(1)
+            grad_mean = (grad_shift.mT @ folded).squeeze(1)
+        total = grad_rows  # the gradient of D w, but for the outer product where that is added as a vector below
+        if scale is not None:
+            total = torch.addcmul(grad_rows, grad_shift, mean.unsqueeze(1))
+            if for_scale:
+                of_features = (total * folded).sum(1).reshape(-1, blocks.taps).sum(1)
+                grad_scale = of_features / scale
+            total = total * blocks.of_channels(scale).unsqueeze(1)
         grad_roots: list[Tensor | None] = [None] * len(roots)
         if any(for_roots):
+            whole = total if scale is not None else torch.addcmul(grad_rows, grad_shift, mean.unsqueeze(1))
             weights = blocks.split(kept.pop().reshape(grad_rows.shape))
-            totals = blocks.split(torch.addcmul(grad_rows, grad_shift, mean.unsqueeze(1)))
             grad_roots = [
                 _rows(part, root).mT @ _rows(back, root) if wanted else None
-                for part, back, root, wanted in zip(weights, totals, roots, for_roots, strict=True)
+                for part, back, root, wanted in zip(weights, blocks.split(whole), roots, for_roots, strict=True)
             ]
-        grad_weight = None
         if for_weight:
-            whitened_mean = _times_roots(mean.unsqueeze(1), roots, blocks)
-            grad_weight = _times_roots(grad_rows, roots, blocks)
-            grad_weight.addcmul_(grad_shift, whitened_mean)
+            grad_weight = _times_roots(total, roots, blocks)
+            if scale is None:
+                grad_weight.addcmul_(grad_shift, _times_roots(mean.unsqueeze(1), roots, blocks))
             grad_weight = grad_weight.reshape(grad_folded.shape)
-        return None, grad_weight, grad_shifted if for_bias else None, grad_mean, *grad_roots
+        return None, grad_weight, grad_shifted if for_bias else None, grad_mean, grad_scale, *grad_roots
 
 
 def _times_roots(grouped: Tensor, roots: Sequence[Tensor], blocks: Blocks) -> Tensor:

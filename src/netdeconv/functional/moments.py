@@ -31,7 +31,7 @@ class Moments(NamedTuple):
 
 
 def patch_moments(
-    patches: Tensor, blocks: Blocks, weights: Tensor | None = None, *, factored: bool = False
+    patches: Tensor, blocks: Blocks, weights: Tensor | None = None, *, factored: bool = False, pooled: bool = True
 ) -> Moments:
     """Mean and biased covariance (divided by the number of patches) of flattened patches.
 
@@ -48,6 +48,7 @@ def patch_moments(
         weights: how many patches each row stands for; ``None`` for one each.
         factored: factors instead of covariances for parts with at most a quarter as many rows as features; not with
             weights or groups.
+        pooled: one covariance for all blocks of a part; otherwise one for each, ``(groups, blocks, n, n)``.
 
     Source: Ye et al. 2020, algorithm 1, lines 3 and 4.
     """
@@ -69,6 +70,8 @@ def patch_moments(
             _factor(part)
             if factored and share is None and _is_short(part)
             else _covariance(part, share).reshape(shape)
+            if pooled
+            else _covariance(part.flatten(1, 2).unsqueeze(2), share).unflatten(0, part.shape[1:3])
             for part, shape in zip(parts, blocks.root_shapes, strict=True)
         )
     return Moments(mean.flatten(), covs, rows, total)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from netdeconv.errors import ConfigError
-from netdeconv.functional import patch_moments, spread_patches
+from netdeconv.functional import channel_variance, patch_moments, spread_patches
 from netdeconv.inspect.sparsity import hoyer_sparsity, kurtosis, unit_histogram
 from netdeconv.inspect.whiteness import correlation, mean_abs_offdiagonal, pair_correlations
 from netdeconv.nn import ChannelWhitening, Whitening
@@ -130,10 +130,12 @@ def _is_layer(module: nn.Module) -> bool:
 def _view(name: str, layer: nn.Module, x: Tensor, max_samples: int) -> LayerView:
     whitens = isinstance(layer, (WhitenedLayer, ChannelWhitening))
     whitening: Any = layer.whitening if whitens else _whitening_for(layer, name)
-    sample = spread_patches(_as_maps(x, layer, whitening), whitening.window, max_samples=max_samples)
+    maps = _as_maps(x, layer, whitening)
+    sample = spread_patches(maps, whitening.window, max_samples=max_samples)
     blocks, weights = whitening.blocks, sample.weights
     rows = sample.rows.double()
-    moments = patch_moments(rows, blocks, weights)
+    scaled = rows * blocks.of_channels(_scale(maps, whitening)).flatten()
+    moments = patch_moments(scaled, blocks, weights)
     covs = [_with_eps(_stacked(cov), whitening.config.eps) for cov in moments.covs]
     grouped = rows.reshape(len(rows), blocks.groups, blocks.group_features)
     taps = blocks.taps
@@ -172,13 +174,25 @@ def _as_maps(x: Tensor, layer: nn.Module, whitening: Whitening) -> Tensor:
     return x if x.dim() == dims + 2 else x.unsqueeze(0)
 
 
+def _scale(maps: Tensor, whitening: Whitening) -> Tensor:
+    """What every channel is multiplied by before the root: as remembered, or as whitening this input would."""
+    if whitening.running_var is None:
+        return torch.ones(whitening.blocks.channels, dtype=torch.float64, device=maps.device)
+    known = int(whitening.num_updates) > 0
+    var = whitening.running_var.double() if known else channel_variance(maps.double())[1]
+    return whitening.estimator.scale_of(var)
+
+
 def _whitened(grouped: Tensor, whitening: Whitening) -> Tensor:
     """``(x - mean) D``, block by block. Shapes: ``(rows, groups, features of a group)`` -> the same."""
     blocks = whitening.blocks
-    mean, roots = whitening.remembered()
+    mean, roots, scale = whitening.remembered()
+    grouped = grouped - blocks.spread_mean(mean.double())
+    if scale is not None:
+        grouped = grouped * blocks.of_channels(scale.double())
     parts = [
         torch.einsum("rgbn,gnm->rgbm", part, _stacked(root.double()).expand(blocks.groups, -1, -1))
-        for part, root in zip(blocks.split(grouped - blocks.spread_mean(mean.double())), roots, strict=True)
+        for part, root in zip(blocks.split(grouped), roots, strict=True)
     ]
     return blocks.join(parts)
 
@@ -199,7 +213,7 @@ def _with_eps(cov: Tensor, eps: float) -> Tensor:
 
 def _residual(covs: list[Tensor], whitening: Whitening) -> float:
     total, count = 0.0, 0
-    for cov, root in zip(covs, whitening.remembered()[1], strict=True):
+    for cov, root in zip(covs, whitening.remembered().roots, strict=True):
         d = _stacked(root.to(cov.dtype))
         total += float(_with_eps(d @ cov @ d, -1.0).square().sum())
         count += cov.shape[0] * cov.shape[-1]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from netdeconv.config import WhiteningConfig
 
-__all__ = ["blend", "blended", "blended_root", "update_share", "update_weight"]
+__all__ = ["blend", "blended", "blended_root", "refresh_weight", "update_share", "update_weight"]
 
 
 def update_share(config: WhiteningConfig, waited: Any, updates: Any, steps: Any) -> Any:
@@ -36,6 +36,17 @@ def update_weight(
     found: Tensor = update_share(config, waited.to(dtype), updates.to(dtype), steps.to(dtype))
     biased = config.momentum is not None and not config.debias
     return found if biased else torch.where(remembered > 0, found, torch.ones_like(found))
+
+
+def refresh_weight(config: WhiteningConfig, dtype: torch.dtype, updates: Tensor) -> Tensor:
+    """Share of a new covariance in the running one after so many refreshes: every refresh counts the same."""
+    momentum, count = config.momentum, (updates + 1).to(torch.promote_types(dtype, torch.float32))
+    if momentum is None:
+        return 1 / count
+    share = torch.full_like(count, momentum)
+    if config.debias:  # a momentum near zero keeps the first one
+        share = share / (1 - (1 - share) ** count).clamp(min=torch.finfo(count.dtype).tiny)
+    return torch.where(updates > 0, share, torch.ones_like(share)) if config.debias else share
 
 
 def blend(running: Tensor, new: Tensor, weight: Tensor | float) -> None:

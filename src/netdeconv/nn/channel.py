@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,8 @@ class ChannelWhitening(nn.Module):
         check_at_least_one("num_channels", num_channels, label)
         self.num_channels = num_channels
         everywhere = Window((1,), (1,), (1,), ((0, 0),))
-        self.whitening = Whitening(num_channels, everywhere, 1, whitening, device=device, dtype=dtype, label=label)
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.whitening = Whitening(num_channels, everywhere, 1, whitening, kind="channels", label=label, **place)
 
     def forward(self, x: Tensor) -> Tensor:
         label = self.whitening.label
@@ -66,11 +67,13 @@ class ChannelWhitening(nn.Module):
             )
         check_channels(x, 1, self.num_channels, expected, label)
         flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
-        mean, roots = self.whitening(flat)
+        mean, roots, scale = self.whitening(flat)
         blocks = self.whitening.blocks
         dtype = torch.promote_types(x.dtype, torch.float32)
         with without_autocast(x.device.type):
             centred = flat.movedim(1, -1).to(dtype) - blocks.spread_mean(mean.to(dtype)).flatten()
+            if scale is not None:
+                centred = centred * scale.to(dtype)
             parts = [part @ root.to(dtype) for part, root in zip(blocks.split(centred), roots, strict=True)]
             white = blocks.join(parts).movedim(-1, 1)
         white = white.to(x.dtype).reshape(x.shape)

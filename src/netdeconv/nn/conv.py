@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from netdeconv.config import WhiteningConfig
 from netdeconv.errors import ShapeError
 from netdeconv.functional import Window
 from netdeconv.nn.layer import WhitenedLayer, check_channels, check_conv_arguments, check_fits, check_floating
@@ -15,12 +14,9 @@ from netdeconv.nn.whitening import Whitening
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["WhitenedConv1d", "WhitenedConv2d", "WhitenedConv3d", "is_depthwise"]
+    from netdeconv.config import WhiteningConfig
 
-
-def is_depthwise(channels: int, groups: int) -> bool:
-    """Whether a convolution looks at every channel for itself."""
-    return groups == channels > 1
+__all__ = ["WhitenedConv1d", "WhitenedConv2d", "WhitenedConv3d"]
 
 
 class _WhitenedConv(WhitenedLayer):
@@ -57,8 +53,6 @@ class _WhitenedConv(WhitenedLayer):
             "padding_mode": padding_mode,
         }
         super().__init__(in_channels, out_channels, kernel_size, **shape, device=device, dtype=dtype)
-        if whitening is None and is_depthwise(in_channels, groups):
-            whitening = WhiteningConfig().for_depthwise()
         sample = f"{in_channels}, {', '.join(self._spatial)})"
         self._expected = f"(N, {sample} or ({sample}"  # made here, as it is wanted at every step
         self.whitening = Whitening(
@@ -94,7 +88,7 @@ class WhitenedConv2d(_WhitenedConv, nn.Conv2d):
     that the kernel looks at. It runs as one ordinary convolution, with D and the mean folded into weight and
     bias. No batch normalisation is needed after it.
 
-    Training: the mean is that of the batch, D that of the last refresh; see
+    Training: mean and scale are those of the batch, D but for the scale that of the last refresh; see
     :class:`netdeconv.nn.Whitening` for when that is, and :class:`netdeconv.WhiteningConfig` for all settings.
     Evaluation: from the running values, so that it equals a plain convolution with :meth:`folded` parameters.
 
@@ -102,8 +96,8 @@ class WhitenedConv2d(_WhitenedConv, nn.Conv2d):
     in float32 at least, also under autocast.
 
     Args:
-        whitening: settings of the whitening, ``None`` for the defaults, of depthwise convolutions
-            :meth:`netdeconv.WhiteningConfig.for_depthwise`. All other arguments are those of :class:`torch.nn.Conv2d`.
+        whitening: settings of the whitening, ``None`` for the defaults. All other arguments are those of
+            :class:`torch.nn.Conv2d`.
 
     Raises:
         ShapeError: x has the wrong number of dimensions or channels, or a map smaller than the window; groups do

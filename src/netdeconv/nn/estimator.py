@@ -1,4 +1,4 @@
-"""What one batch says about the patches that a layer looks at: their mean, their covariance, its inverse root."""
+"""What one batch says about the patches that a layer looks at: mean, scale, covariance, and its inverse root."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from netdeconv.functional import (
     Moments,
     Sample,
     Window,
+    channel_variance,
     corner_patches,
     inverse_sqrt,
     inverse_sqrt_of_rows,
@@ -25,7 +26,19 @@ from netdeconv.functional import (
     spread_patches,
 )
 
-__all__ = ["Estimator"]
+__all__ = ["Estimator", "kind_of"]
+
+# Positions of a map whose variance stands for that of the batch: at least so many, of whole images.
+_ROWS_FOR_VARIANCE = 32768
+
+
+def kind_of(window: Window, channels: int, groups: int) -> str:
+    """The kind of a layer that looks at its input so, one of :data:`netdeconv.config.KINDS`."""
+    if not window.kernel_size:
+        return "linear"
+    if groups > 1:
+        return "depthwise" if groups == channels else "grouped"
+    return "1x1" if window.taps == 1 else "dense"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +49,8 @@ class Estimator:
         channels: channels of the layer's input.
         window: what the layer looks at.
         groups: convolution groups.
-        config: all settings.
+        config: all settings; those that are ``None`` become the kind's.
+        kind: the kind of layer, ``None`` for that of window and groups.
 
     Attributes:
         blocks: how the patches are cut.
@@ -47,20 +61,33 @@ class Estimator:
     window: Window
     groups: int
     config: WhiteningConfig
+    kind: str | None = None
     blocks: Blocks = dataclasses.field(init=False, repr=False, compare=False)
     serialized: str = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        size, grouping = self.config.block_size, self.config.grouping
-        plain: dict[str, Any] = {"channels": self.channels, "groups": self.groups}
-        plain |= {name: dataclasses.asdict(getattr(self, name)) for name in ("window", "config")}
-        object.__setattr__(self, "blocks", Blocks.plan(self.channels, self.window, self.groups, size, grouping))
-        object.__setattr__(self, "serialized", json.dumps(plain, default=_plain))
+        kind = kind_of(self.window, self.channels, self.groups) if self.kind is None else self.kind
+        config = self.config.resolved(kind, self.channels // self.groups)
+        assert config.block_size is not None
+        plain: dict[str, Any] = {"channels": self.channels, "groups": self.groups, "kind": kind}
+        plain |= {"window": dataclasses.asdict(self.window), "config": dataclasses.asdict(config)}
+        blocks = Blocks.plan(self.channels, self.window, self.groups, config.block_size, config.grouping)
+        derived = {"kind": kind, "config": config, "blocks": blocks, "serialized": json.dumps(plain, default=_plain)}
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     def mean_of(self, x: Tensor) -> Moments:
         """Moments of all patches of x ``(N, C, *spatial)``, without covariances."""
         mean = self.blocks.pooled_mean(mean_patch(x, self.window))
         return Moments(mean, (), x.shape[0], x.shape[0] * math.prod(self.window.output_size(x.shape[2:])))
+
+    def variance_of(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Mean and variance of every channel of x, with gradient, and of how many entries of the map they are."""
+        return channel_variance(x, max_rows=_ROWS_FOR_VARIANCE)
+
+    def scale_of(self, var: Tensor) -> Tensor:
+        """What every channel is multiplied by: one over its standard deviation, at most one over the root of eps."""
+        return var.clamp(min=max(self.config.eps, torch.finfo(var.dtype).tiny)).rsqrt()
 
     def sample(self, x: Tensor, *, max_samples: int | None = None, turn: Tensor | None = None) -> Sample:
         """The patches of x ``(N, C, *spatial)`` that the covariance is of, by ``config.sampling``.
@@ -77,17 +104,20 @@ class Estimator:
         wanted = stride if turn is not None else 1
         return spread_patches(x, self.window, sampling_stride=wanted, max_samples=max_samples, turn=turn)
 
-    def sample_moments(self, x: Tensor, turn: Tensor, *, factored: bool) -> Moments:
+    def sample_moments(self, x: Tensor, turn: Tensor, scale: Tensor | None = None, *, factored: bool) -> Moments:
         """Moments of a sample of the size that a refresh takes, another one on every turn.
 
         Args:
             x: ``(N, C, *spatial)``.
             turn: 0-dim integer tensor that counts refreshes.
+            scale: what every channel is multiplied by first; the moments are those of the products.
             factored: factors instead of covariances where an iteration is shorter on the rows.
         """
-        sample = self.sample(x, max_samples=self.config.max_samples, turn=turn)
-        factored = factored and self.config.solver != "eigh"
-        return patch_moments(sample.rows, self.blocks, sample.weights, factored=factored)
+        rows, weights = self.sample(x, max_samples=self.config.max_samples, turn=turn)
+        if scale is not None:
+            rows = rows.to(scale.dtype) * self.blocks.of_channels(scale).flatten()
+        factored = factored and self.config.solver != "eigh" and self.config.average == "root"
+        return patch_moments(rows, self.blocks, weights, factored=factored)
 
     def root_of(self, cov: Tensor) -> Tensor:
         """The root of a covariance, or of the one that a factor stands for."""
@@ -103,7 +133,7 @@ class Estimator:
         """What was :attr:`serialized`."""
         found = json.loads(serialized)
         window = Window(**{key: _tuples(value) for key, value in found["window"].items()})
-        return cls(found["channels"], window, found["groups"], WhiteningConfig(**found["config"]))
+        return cls(found["channels"], window, found["groups"], WhiteningConfig(**found["config"]), found["kind"])
 
 
 def _plain(number: Any) -> Any:

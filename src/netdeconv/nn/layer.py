@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from netdeconv.errors import ShapeError
 from netdeconv.functional import Window, fold
 from netdeconv.nn.cache import FoldCache
-from netdeconv.nn.whitening import Whitening
+from netdeconv.nn.whitening import Statistics, Whitening
 
 __all__ = [
     "WhitenedLayer",
@@ -30,14 +30,19 @@ class WhitenedLayer(nn.Module):
     bias: Any
     whitening: Whitening
 
-    def whitened_parameters(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def whitened_parameters(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight and bias that whiten x ``(N, C, *spatial)`` and then do what the layer does."""
         whitening = self.whitening
-        mean, roots = whitening(x)
+        found = whitening(x)
+        if found is None:
+            return self.weight, self.bias
         if (whitening.training and not whitening.frozen) or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return fold(self.weight, self.bias, mean, roots, whitening.blocks)
-        made_of = (self.weight, mean, *roots) if self.bias is None else (self.weight, self.bias, mean, *roots)
-        return self._cache.folded(made_of, lambda: fold(self.weight, self.bias, mean, roots, whitening.blocks))
+            return self._fold(found)
+        made_of = [self.weight, self.bias, found.mean, *found.roots, whitening.running_var]
+        return self._cache.folded([tensor for tensor in made_of if tensor is not None], lambda: self._fold(found))
+
+    def _fold(self, found: Statistics) -> tuple[Tensor, Tensor]:
+        return fold(self.weight, self.bias, found.mean, found.roots, self.whitening.blocks, found.scale)
 
     @functools.cached_property
     def _cache(self) -> FoldCache:
@@ -49,8 +54,7 @@ class WhitenedLayer(nn.Module):
         Raises:
             StatisticsError: there are no remembered statistics yet.
         """
-        mean, roots = self.whitening.remembered()
-        return fold(self.weight, self.bias, mean, roots, self.whitening.blocks)
+        return self._fold(self.whitening.remembered())
 
 
 def check_floating(x: Tensor, label: str, dtype: torch.dtype | None = None) -> None:

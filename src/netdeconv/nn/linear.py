@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from netdeconv.config import WhiteningConfig
 from netdeconv.errors import ShapeError
 from netdeconv.functional import Window
 from netdeconv.nn.layer import WhitenedLayer, check_at_least_one, check_channels, check_floating
@@ -15,6 +14,8 @@ from netdeconv.nn.whitening import Whitening
 
 if TYPE_CHECKING:
     import torch
+
+    from netdeconv.config import WhiteningConfig
 
 __all__ = ["WhitenedLinear"]
 
@@ -28,8 +29,7 @@ class WhitenedLinear(WhitenedLayer, nn.Linear):
     Shapes: ``(*, in_features)`` -> ``(*, out_features)``, any number of leading dimensions.
 
     Args:
-        whitening: settings of the whitening, ``None`` for the defaults of linear layers, see
-            :meth:`netdeconv.WhiteningConfig.for_linear`. All other arguments are those of
+        whitening: settings of the whitening, ``None`` for the defaults. All other arguments are those of
             :class:`torch.nn.Linear`.
 
     Raises:
@@ -53,7 +53,6 @@ class WhitenedLinear(WhitenedLayer, nn.Linear):
         label = f"{type(self).__name__}({in_features}, {out_features})"
         check_at_least_one("in_features", in_features, label)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        whitening = WhiteningConfig().for_linear() if whitening is None else whitening
         self.whitening = Whitening(in_features, Window(), 1, whitening, device=device, dtype=dtype, label=label)
 
     def forward(self, input: Tensor) -> Tensor:  # torch's name for it, as calls by keyword need

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from netdeconv.config import WhiteningConfig
+from netdeconv.functional import Moments
 from netdeconv.functional.constants import without_caching
-from netdeconv.nn.averages import blended, blended_root, update_weight
+from netdeconv.nn.averages import blended, blended_root, refresh_weight, update_weight
 from netdeconv.nn.estimator import Estimator
 
-__all__ = ["Counters", "all_finite", "averaged_roots", "opaque_refresh"]
+__all__ = ["Counters", "Refreshed", "all_finite", "opaque_refresh", "refreshed", "usable"]
 
 
 class Counters(NamedTuple):
@@ -25,71 +25,108 @@ class Counters(NamedTuple):
     num_updates: Tensor
 
 
+class Refreshed(NamedTuple):
+    """What a refresh gives: the roots of this step, the averages with this step blended in, and whether it counts."""
+
+    roots: list[Tensor]
+    averages: list[Tensor]
+    counts: Tensor
+
+
 def all_finite(values: Sequence[Tensor]) -> Tensor:
     """Whether there is no NaN and nothing infinite among them; isfinite takes torch far longer on a CPU."""
     largest = [value.detach().abs().amax() for value in values]
     return (largest[0] if len(largest) == 1 else torch.stack(largest).amax()) < math.inf
 
 
-def averaged_roots(
-    config: WhiteningConfig, roots: Sequence[Tensor], running: Sequence[Tensor], counters: Counters
-) -> list[Tensor]:
-    """The running roots with those of this step, without gradient, blended in.
+def usable(estimator: Estimator, moments: Moments) -> Tensor | None:
+    """Whether there is a covariance to take a root of: a single row or a constant batch has none; ``None`` for yes.
+
+    As published, a root is taken all the same, and multiplies by one over the root of eps.
+    """
+    if not (estimator.config.debias and moments.covs):
+        return None
+    return torch.stack([cov.detach().abs().amax() for cov in moments.covs]).amax() > 0
+
+
+def refreshed(
+    estimator: Estimator,
+    moments: Moments,
+    running: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    counters: Counters,
+    counts: Tensor,
+) -> Refreshed:
+    """The roots of this step, from what a batch says and what is remembered.
 
     Args:
-        config: all settings.
-        roots: of this step.
-        running: what is remembered.
+        estimator: what is computed.
+        moments: of a sample of the batch.
+        running: the running roots, which stand in for what cannot be used.
+        averages: what is averaged, running covariances or running roots.
         counters: as they are before this step.
+        counts: whether the rest of what the batch says can be used.
     """
-    num_steps, last_update, num_updates = counters
-    waited, updates, steps = num_steps + 1 - last_update, num_updates + 1, num_steps + 1
-    share = update_weight(config, roots[0].dtype, waited, updates, steps, num_updates)
+    config = estimator.config
+    by_covariance = config.average == "covariance"
+    covs = list(moments.covs)
+    varies = usable(estimator, moments)
+    counts = counts if varies is None else counts & varies
+    if by_covariance:
+        share = refresh_weight(config, covs[0].dtype, counters.num_updates)
+        covs = [blended(old, cov, share) for old, cov in zip(averages, covs, strict=True)]
+    found = [estimator.root_of(cov) for cov in covs]
+    counts = counts & all_finite(found)
+    roots = [torch.where(counts, root, old.to(root.dtype)) for root, old in zip(found, running, strict=True)]
+    if by_covariance:
+        kept = [torch.where(counts, cov, old.to(cov.dtype)) for cov, old in zip(covs, averages, strict=True)]
+        return Refreshed(roots, kept, counts)
+    detached = [root.detach() for root in roots]
+    waited, updates = counters.num_steps + 1 - counters.last_update, counters.num_updates + 1
+    share = update_weight(config, roots[0].dtype, waited, updates, counters.num_steps + 1, counters.num_updates)
     blend = blended_root if config.debias else blended
-    return [blend(old, root, share) for old, root in zip(running, roots, strict=True)]
+    return Refreshed(roots, [blend(old, root, share) for old, root in zip(averages, detached, strict=True)], counts)
 
 
 def opaque_refresh(
-    estimator: Estimator, x: Tensor, running: Sequence[Tensor], counters: Counters, finite: Tensor
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """The roots of x and the running ones with them blended in, as one operator that a compiler does not look into.
+    estimator: Estimator,
+    x: Tensor,
+    scale: Tensor | None,
+    running: Sequence[Tensor],
+    averages: Sequence[Tensor],
+    counters: Counters,
+    counts: Tensor,
+) -> Refreshed:
+    """:func:`refreshed` of a sample of x, as one operator that a compiler does not look into; without gradient.
 
     A hundred small operators for every layer would take it minutes, and they are run in one step out of many. In a
     CUDA graph the operator is recorded like any other.
-
-    Args:
-        estimator: what is computed; without gradient.
-        x: input of the layer, ``(N, C, *spatial)``.
-        running, counters: see :func:`averaged_roots`.
-        finite: whether the mean is.
-
-    Returns:
-        Roots, running roots, and whether all is finite; where it is not, both are the running ones.
     """
-    *found, finite = torch.ops.netdeconv.refresh(x, list(running), *counters, finite, estimator.serialized)
-    return found[: len(running)], found[len(running) :], finite
+    given = (x, scale, list(running), list(averages), *counters, counts)
+    *found, counts = torch.ops.netdeconv.refresh(*given, estimator.serialized)
+    return Refreshed(found[: len(running)], found[len(running) :], counts)
 
 
 def _refresh(
     x: Tensor,
+    scale: Tensor | None,
     running: list[Tensor],
+    averages: list[Tensor],
     num_steps: Tensor,
     last_update: Tensor,
     num_updates: Tensor,
-    finite: Tensor,
+    counts: Tensor,
     serialized: str,
 ) -> list[Tensor]:
     estimator = Estimator.deserialize(serialized)
     with without_caching():
-        covs = estimator.sample_moments(x, num_updates, factored=True).covs
-        found = [estimator.root_of(cov) for cov in covs]
-    finite = finite & all_finite(found)
-    roots = [torch.where(finite, root, old.to(root.dtype)) for root, old in zip(found, running, strict=True)]
-    averages = averaged_roots(estimator.config, roots, running, Counters(num_steps, last_update, num_updates))
-    return [*roots, *averages, finite]
+        moments = estimator.sample_moments(x, num_updates, scale, factored=True)
+        counters = Counters(num_steps, last_update, num_updates)
+        roots, new, counts = refreshed(estimator, moments, running, averages, counters, counts)
+    return [*roots, *new, counts]
 
 
-def _shapes(x: Tensor, running: list[Tensor], *_: Any) -> list[Tensor]:
+def _shapes(x: Tensor, scale: Tensor | None, running: list[Tensor], *_: Any) -> list[Tensor]:
     dtype = torch.promote_types(x.dtype, torch.float32)
     return [*(torch.empty_like(old, dtype=dtype) for old in (*running, *running)), x.new_empty((), dtype=torch.bool)]
 

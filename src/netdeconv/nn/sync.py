@@ -14,7 +14,7 @@ from netdeconv.errors import StatisticsError
 from netdeconv.functional import Blocks, Moments
 from netdeconv.functional.precision import without_autocast
 
-__all__ = ["check_same_mode", "distributed", "joined_moments"]
+__all__ = ["check_same_mode", "distributed", "joined_moments", "joined_variance"]
 
 
 def distributed(process_group: Any = None) -> bool:
@@ -67,6 +67,23 @@ def joined_moments(
         sums = [_sums(share, blocks, about) for share in shares]
         joined = _all_reduce(torch.cat(sums), process_group).split([len(part) for part in sums])
         return [_joined(part, share, blocks, about) for part, share in zip(joined, shares, strict=True)]
+
+
+def joined_variance(mean: Tensor, var: Tensor, count: int, about: Tensor, process_group: Any = None) -> Tensor:
+    """The variance of the entries of all processes together, from mean, variance and number of those of each.
+
+    By one all-reduce of sums about ``about``, see :func:`joined_moments`. Differentiable in ``var``.
+
+    Shapes: mean, var and about ``(channels,)`` -> ``(channels,)``.
+    """
+    if not distributed(process_group):
+        return var
+    away = mean - about.to(mean.dtype)
+    each = torch.cat([torch.ones_like(away[:1]), away, var + away.square()])
+    each = each if count else each.nan_to_num()  # an empty share still takes part
+    total = _all_reduce(each * count, process_group)
+    away, square = (total[1:] / total[0]).chunk(2)
+    return square - away.square()
 
 
 def _without_nan(moments: Moments) -> Moments:

@@ -4,59 +4,73 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from netdeconv.config import WhiteningConfig
 from netdeconv.errors import NonFiniteWarning, StatisticsError
-from netdeconv.functional import Blocks, Moments, Window
+from netdeconv.functional import Blocks, Window
 from netdeconv.nn.averages import blend, update_share, update_weight
 from netdeconv.nn.estimator import Estimator
-from netdeconv.nn.refresh import Counters, all_finite, averaged_roots, opaque_refresh
+from netdeconv.nn.refresh import Counters, all_finite, opaque_refresh, refreshed
 from netdeconv.nn.schedule import Clock
-from netdeconv.nn.sync import check_same_mode, distributed, joined_moments
+from netdeconv.nn.sync import check_same_mode, distributed, joined_moments, joined_variance
 
-__all__ = ["Whitening"]
+__all__ = ["Statistics", "Whitening"]
+
+
+class Statistics(NamedTuple):
+    """What a layer folds into its weights: ``mean`` as ``blocks.mean_shape``, ``roots`` as ``blocks.root_shapes``, and
+    ``scale``, what every channel is multiplied by, ``None`` for one."""
+
+    mean: Tensor
+    roots: tuple[Tensor, ...]
+    scale: Tensor | None
 
 
 class Whitening(nn.Module):
-    """Mean and inverse root of the covariance of the patches that a layer looks at.
+    """Mean, scale and inverse root of the covariance of the patches that a layer looks at.
 
-    ``forward(x)`` returns the pair that the layer folds into its weights. In training the mean is that of the
-    batch, at every step: it moves fast and is cheap. The root is dear, and is computed on refresh steps only (see
-    ``config.update_every``); other steps use the last one computed. In evaluation, and when ``frozen``, both are
-    remembered values.
+    ``forward(x)`` returns what the layer folds into its weights. In training, mean and scale are those of the batch, at
+    every step: they move fast and are cheap. The gradient through the scale is what keeps activations from growing. The
+    root is expensive, and is computed on refresh steps only (see ``config.update_every``), from the covariance of the
+    scaled channels, averaged over the refreshes; other steps use the last one. In evaluation, and when ``frozen``, all
+    are the running values. Linear layers differ, see :data:`netdeconv.config.KINDS`.
 
-    Remembered values are averages over training steps: of the mean with the weight ``momentum`` at every step, of the
-    root with ``1 - (1 - momentum)**((k + 1) / 2)`` after k steps. That is between the weight of one step, with which it
-    would lag behind the network, and that of k steps, with which it would be as noisy as one batch. With ``debias`` the
-    weights are divided by their sum, as Adam does, and the gain of every feature, the root's diagonal, is averaged as
-    ``1 / gain**2``, apart from the rest, as batch normalisation averages variances: an average of roots is ruled by
-    the smallest inputs that were seen, and where activations grow in training, evaluation multiplies them in every
-    layer. A batch with NaN or infinite values changes nothing, and a :class:`NonFiniteWarning` says so: at once on a
-    CPU, otherwise when the module next changes between training and evaluation.
+    Running values are averages over training steps: of mean and variance with the weight ``momentum`` at every step, of
+    an averaged covariance at every refresh, of averaged roots with ``1 - (1 - momentum)**((k + 1) / 2)`` after k steps.
+    With ``debias`` the weights are divided by their sum, as Adam does, and of averaged roots the gain of every
+    feature, the diagonal, is averaged as ``1 / gain**2``, apart from the rest, as batch normalisation averages
+    variances: an average of roots is ruled by the smallest inputs that were seen. A batch that has no statistics
+    (NaN, infinite values, a single row, one constant) changes nothing and is whitened by the running values, and a
+    :class:`NonFiniteWarning` says so: at once on a CPU, otherwise when the module next changes between training and
+    evaluation. A 1x1 convolution of maps of one pixel, as behind a global pooling, sees one row per image, too few for
+    a covariance: it stays the plain layer (``forward`` returns ``None``, and the running values stay the identity).
 
     Args:
         channels: channels of the layer's input.
         window: what the layer looks at; an empty ``Window()`` for a linear layer.
         groups: convolution groups.
         config: all settings, ``None`` for the defaults.
+        kind: the kind of layer, one of :data:`netdeconv.config.KINDS`; ``None`` for that of window and groups.
         label: what error messages call this place.
 
     Attributes:
         frozen: no refresh while true, see :func:`netdeconv.freeze`.
         process_group: processes to gather statistics from when ``config.sync``; ``None`` for all.
 
-    Buffers: ``running_mean``, ``running_root`` (and ``running_root_rest`` for a smaller last block), the remembered
-    values; ``last_root`` (``last_root_rest``), of the last refresh, where not every step is one; ``num_updates``
-    (refreshes so far), ``num_steps`` (training steps so far), ``last_update`` (num_steps at the last refresh),
-    ``num_skipped`` (steps left out because of values that are not finite); not saved: ``gathers`` (whether steps are
-    counted now), by which processes notice that they are not in the same mode.
+    Buffers: ``running_mean``; ``running_var``, of every channel, with ``config.scale``; ``running_root`` (and
+    ``running_root_rest`` for a smaller last block); with ``config.average == "covariance"`` ``running_cov``
+    (``running_cov_rest``), of which it is the root; otherwise ``last_root`` (``last_root_rest``), of the last refresh,
+    where not every step is one; ``num_updates`` (refreshes so far), ``num_steps`` (training steps so far),
+    ``last_update`` (num_steps at the last refresh), ``num_skipped`` (steps left out); not saved: ``gathers`` (whether
+    steps are counted now), by which processes notice that they are not in the same mode.
     """
 
     running_mean: Tensor
+    running_var: Tensor | None
     running_root: Tensor
     num_updates: Tensor
     num_steps: Tensor
@@ -70,44 +84,57 @@ class Whitening(nn.Module):
         window: Window,
         groups: int = 1,
         config: WhiteningConfig | None = None,
+        *,
+        kind: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         label: str = "Whitening",
     ) -> None:
         super().__init__()
         self.label = label
-        self.estimator = Estimator(channels, window, groups, WhiteningConfig() if config is None else config)
+        self.estimator = Estimator(channels, window, groups, WhiteningConfig() if config is None else config, kind)
         self.frozen = False
         self.process_group: Any = None
-        self.register_buffer("running_mean", torch.empty(self.blocks.mean_shape, device=device, dtype=dtype))
-        self._kinds = ("running", "last") if self.config.update_every > 1 else ("running",)
-        for kind in self._kinds:
-            for name, shape in zip(self._names(kind), self.blocks.root_shapes, strict=True):
-                self.register_buffer(name, torch.empty(shape, device=device, dtype=dtype))
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.register_buffer("running_mean", torch.empty(self.blocks.mean_shape, **place))
+        self.register_buffer("running_var", torch.empty(channels, **place) if self.config.scale else None)
+        self._kinds: tuple[str, ...] = ("running_root",)
+        if self.config.average == "covariance":
+            self._kinds += ("running_cov",)
+        elif self._every > 1:
+            self._kinds += ("last_root",)
+        for kind_of_matrix in self._kinds:
+            for name, shape in zip(self._names(kind_of_matrix), self.blocks.root_shapes, strict=True):
+                self.register_buffer(name, torch.empty(shape, **place))
         for name in ("num_updates", "num_steps", "last_update", "num_skipped"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
         mode = torch.ones((), dtype=torch.int64, device=device)
         self.register_buffer("gathers", mode, persistent=False)  # DistributedDataParallel brings that of rank 0
-        self.clock = Clock(self.config.update_every)
+        self.clock = Clock(self._every)
         self._ready = False
         self._agreed = False
         self._skipped = 0
         self.reset_statistics()
 
-    def _names(self, kind: str) -> tuple[str, ...]:
-        return (f"{kind}_root", f"{kind}_root_rest")[: len(self.blocks.parts)]
+    @property
+    def _every(self) -> int:
+        assert self.config.update_every is not None
+        return self.config.update_every
 
-    def _roots(self, kind: str) -> tuple[Tensor, ...]:
-        """The roots kept in the buffers of this kind, one for every part of ``blocks``."""
-        return tuple(getattr(self, name) for name in self._names(kind))
+    def _names(self, kind: str) -> tuple[str, ...]:
+        return (kind, f"{kind}_rest")[: len(self.blocks.parts)]
+
+    def _matrices(self, kind: str) -> tuple[Tensor, ...]:
+        """The buffers of this kind, one for every part of ``blocks``; none where there is no such kind."""
+        return tuple(getattr(self, name) for name in self._names(kind)) if kind in self._kinds else ()
 
     def _last_roots(self) -> tuple[Tensor, ...]:
-        """Those of the last refresh, if they are kept."""
-        return self._roots("last") if "last" in self._kinds else ()
+        """The roots of the last refresh: those of an averaged covariance are the running ones."""
+        return self._matrices("last_root") or self._matrices("running_root")
 
     @property
     def config(self) -> WhiteningConfig:
-        """All settings; they cannot be changed, as buffers and schedule are made for them."""
+        """All settings, with nothing left to choose; they cannot be changed: buffers and schedule are made for them."""
         return self.estimator.config
 
     @property
@@ -121,11 +148,13 @@ class Whitening(nn.Module):
         return self.estimator.window
 
     def reset_statistics(self) -> None:
-        """Forget everything: zero mean, identity root, all counters zero."""
+        """Forget everything: zero mean, variance one, identity roots and covariances, all counters zero."""
         self.running_mean.zero_()
+        if self.running_var is not None:
+            self.running_var.fill_(1)
         for kind in self._kinds:
-            for root in () if self.running_mean.is_meta else self._roots(kind):
-                root.copy_(torch.eye(root.shape[-1], dtype=root.dtype, device=root.device).expand_as(root))
+            for matrix in () if self.running_mean.is_meta else self._matrices(kind):
+                matrix.copy_(torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix))
         for counter in (self.num_updates, self.num_steps, self.last_update, self.num_skipped):
             counter.zero_()
         self.clock.set(0)
@@ -136,13 +165,13 @@ class Whitening(nn.Module):
         """:meth:`reset_statistics`, by the name that is called after ``to_empty``."""
         self.reset_statistics()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The pair to fold. Shapes: x ``(N, C, *spatial)`` -> ``blocks.mean_shape``, ``blocks.root_shapes``.
+    def forward(self, x: Tensor) -> Statistics | None:
+        """What to fold for x ``(N, C, *spatial)``; ``None`` for nothing.
 
         An empty batch is no step and changes nothing.
 
         Raises:
-            StatisticsError: remembered values are needed and there are none; or, with ``sync``, some processes train
+            StatisticsError: running values are needed and there are none; or, with ``sync``, some processes train
                 while others are frozen or in evaluation mode.
         """
         shared = self._shared()
@@ -150,24 +179,31 @@ class Whitening(nn.Module):
             self._check_mode()
         if not self._gathering():
             return self.remembered()
+        if self.sees_few_rows(x):
+            self.num_updates.clamp_(min=1)
+            return None
         if shared and not self._agreed and not torch.compiler.is_compiling():
             self._read_counters()  # DistributedDataParallel may have brought those of rank 0
             self._agreed = True
         if x.numel() == 0 and not shared:
-            return _kept(self.running_mean), tuple(_kept(root) for root in self._roots(self._kinds[-1]))
+            return self._with_mean_and_var(self.running_mean, self.running_var, self._last_roots())
         again = _in_backward()  # activation checkpointing runs the forward a second time
         due = self.clock.was_due if again else self.clock.due
-        x = x if self.config.differentiable else x.detach()
-        if not due:
-            mean, roots = self._ordinary(x, again)
+        if not due or (again and self.config.average == "covariance"):
+            found = self._ordinary(x, again)
         elif torch.compiler.is_compiling() and not shared and self._may_be_opaque():
-            mean, roots = self._opaque_refresh(x)
+            found = self._opaque_refresh(x)
         else:
-            mean, roots = self._refresh(x, again)
+            found = self._refresh(x, again)
         if not again:
             self.num_steps.add_(1)
             self.clock.advance()
-        return mean, roots
+        return found
+
+    def sees_few_rows(self, x: Tensor) -> bool:
+        """Whether every image of x ``(N, C, *spatial)`` is one row for a 1x1 convolution; published layers take it."""
+        pointwise = self.estimator.kind in ("1x1", "grouped", "depthwise") and self.window.taps == 1
+        return pointwise and self.config.debias and x.shape[0] * x.shape[1] == x.numel() > 0
 
     def _shared(self) -> bool:
         """Whether statistics are gathered over several processes."""
@@ -188,7 +224,7 @@ class Whitening(nn.Module):
             check_same_mode(self._told, self.gathers, self.label)
             self._checked = True
 
-    def remembered(self) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def remembered(self) -> Statistics:
         """The running values, as evaluation uses them.
 
         Raises:
@@ -200,7 +236,7 @@ class Whitening(nn.Module):
                 f"{self.label}: expected whitening statistics from at least one training step, got none so far. "
                 f"{first} some batches in training mode first (model.train()), or load a trained state dict."
             )
-        return _kept(self.running_mean), tuple(_kept(root) for root in self._roots("running"))
+        return self._with_mean_and_var(self.running_mean, self.running_var, self._matrices("running_root"))
 
     def _check_ready(self) -> bool:
         if torch.compiler.is_compiling():
@@ -208,40 +244,78 @@ class Whitening(nn.Module):
         self._ready = bool(self.num_updates > 0)
         return self._ready
 
-    def _ordinary(self, x: Tensor, again: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Mean of this batch, or the remembered one where it is not finite; root of the last refresh."""
-        mean = self._joined(self.estimator.mean_of(x))[0].mean
-        finite = all_finite((mean,))
-        mean = torch.where(finite, mean, self.running_mean.to(mean.dtype))
-        if not again:
-            self._remember_mean(mean.detach(), finite, due=False)
-        return mean, tuple(_kept(root) for root in self._roots("last"))
+    def _with_mean_and_var(self, mean: Tensor, var: Tensor | None, roots: Sequence[Tensor]) -> Statistics:
+        """Statistics with kept roots; what is a buffer is copied where a gradient is recorded."""
+        mean = _kept(mean) if mean is self.running_mean else mean
+        scale = None if var is None else self.estimator.scale_of(var.to(mean.dtype))
+        return Statistics(mean, tuple(_kept(root) for root in roots), scale)
 
-    def _refresh(self, x: Tensor, again: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Mean and root of this batch, or the remembered ones where they are not finite."""
-        moments = self._moments(x, self.num_updates - 1 if again else self.num_updates)
-        fresh = (moments.mean, *map(self.estimator.root_of, moments.covs))
-        finite = all_finite(fresh)
-        mean, *roots = (
-            torch.where(finite, value, running.to(value.dtype))
-            for value, running in zip(fresh, (self.running_mean, *self._roots("running")), strict=True)
-        )
-        if not again:
-            self._remember_mean(mean.detach(), finite, due=True)
-            detached = [root.detach() for root in roots]
-            averages = averaged_roots(self.config, detached, self._roots("running"), self._counters())
-            self._remember_roots(detached, averages, finite)
-        return mean, tuple(roots)
+    def _of_batch(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Mean and variance of a batch, and whether they can be used: they are finite, and something varies."""
+        moments = self.estimator.mean_of(x if self.config.differentiable else x.detach())
+        mean = self._joined(moments)
+        if self.running_var is None:
+            return mean, None, all_finite((mean,))
+        channel_mean, var, count = self.estimator.variance_of(x)
+        if self._shared():
+            about = self.blocks.spread_mean(self.running_mean).reshape(-1, self.blocks.taps).mean(1)
+            var = joined_variance(channel_mean, var, count, about, self.process_group)
+        largest = var.detach().amax()
+        return mean, var, all_finite((mean, largest)) & (largest > 0)
 
-    def _opaque_refresh(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _or_running(self, mean: Tensor, var: Tensor | None, counts: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and variance, or the running ones where those do not count."""
+        mean = torch.where(counts, mean, self.running_mean.to(mean.dtype))
+        if var is not None and self.running_var is not None:
+            var = torch.where(counts, var, self.running_var.to(var.dtype))
+        return mean, var
+
+    def _ordinary(self, x: Tensor, again: bool) -> Statistics:
+        """Mean and scale of this batch, root of the last refresh."""
+        *found, counts = self._of_batch(x)
+        mean, var = self._or_running(*found, counts)
+        if not again:
+            self._remember(mean, var, counts, due=False)
+        return self._with_mean_and_var(mean, var, self._last_roots())
+
+    def _refresh(self, x: Tensor, again: bool) -> Statistics:
+        """Mean, scale and root of this batch, or the running ones where they cannot be used."""
+        mean, var, counts = self._of_batch(x)
+        scale = None if var is None else self.estimator.scale_of(var.detach())
+        turn = self.num_updates - 1 if again else self.num_updates
+        seen = x if self.config.differentiable else x.detach()
+        moments = self.estimator.sample_moments(seen, turn, scale, factored=not self._shared())
+        if self._shared():
+            about = self.running_mean
+            if scale is not None:
+                about = about.to(scale.dtype) * self.blocks.of_channels(scale).flatten()
+            (moments,) = joined_moments([moments], self.blocks, about, self.process_group)
+        if self.config.sampling == "corner":  # as published, the mean is the sample's
+            mean = moments.mean if scale is None else moments.mean / self.blocks.of_channels(scale).flatten()
+            counts = counts & all_finite((mean,))
+        running, averages = self._matrices("running_root"), self._averages()
+        roots, new, counts = refreshed(self.estimator, moments, running, averages, self._counters(), counts)
+        mean, var = self._or_running(mean, var, counts)
+        if not again:
+            self._remember(mean, var, counts, due=True)
+            self._remember_roots(roots, new, counts)
+        return Statistics(mean, tuple(roots), None if var is None else self.estimator.scale_of(var))
+
+    def _opaque_refresh(self, x: Tensor) -> Statistics:
         """:meth:`_refresh` for a compiler that does not have to look inside."""
-        mean = self.estimator.mean_of(x).mean
-        running, counters = self._roots("running"), self._counters()
-        roots, averages, finite = opaque_refresh(self.estimator, x, running, counters, all_finite((mean,)))
-        mean = torch.where(finite, mean, self.running_mean.to(mean.dtype))
-        self._remember_mean(mean, finite, due=True)
-        self._remember_roots(roots, averages, finite)
-        return mean, tuple(roots)
+        mean, var, counts = self._of_batch(x)
+        scale = None if var is None else self.estimator.scale_of(var.detach())
+        running, averages = self._matrices("running_root"), self._averages()
+        state = (running, averages, self._counters(), counts)
+        roots, new, counts = opaque_refresh(self.estimator, x.detach(), scale, *state)
+        mean, var = self._or_running(mean, var, counts)
+        self._remember(mean, var, counts, due=True)
+        self._remember_roots(roots, new, counts)
+        return Statistics(mean, tuple(roots), None if var is None else self.estimator.scale_of(var))
+
+    def _averages(self) -> tuple[Tensor, ...]:
+        """What is averaged over the refreshes."""
+        return self._matrices("running_cov") or self._matrices("running_root")
 
     def _may_be_opaque(self) -> bool:
         """Whether a compiler need not see into a refresh: no gradient goes through it, no mean comes out of it.
@@ -251,44 +325,42 @@ class Whitening(nn.Module):
         settings = self.config
         return not (settings.differentiable or settings.sampling == "corner" or settings.solver == "eigh")
 
-    def _moments(self, x: Tensor, turn: Tensor) -> Moments:
-        """Mean of all patches, and covariances of a sample of them; as published, the sample's mean."""
-        sampled = self.estimator.sample_moments(x, turn, factored=not self._shared())
-        if self.config.sampling == "corner":
-            return self._joined(sampled)[0]
-        moments, sampled = self._joined(self.estimator.mean_of(x), sampled)
-        return sampled._replace(mean=moments.mean)
+    def _joined(self, moments: Any) -> Tensor:
+        """The mean of all processes' patches."""
+        if not self._shared():
+            mean: Tensor = moments.mean
+            return mean
+        return joined_moments([moments], self.blocks, self.running_mean, self.process_group)[0].mean
 
-    def _joined(self, *several: Moments) -> Sequence[Moments]:
-        shared = self.config.sync
-        return joined_moments(several, self.blocks, self.running_mean, self.process_group) if shared else several
-
-    def _remember_mean(self, mean: Tensor, finite: Tensor, due: bool) -> None:
-        """Blend a mean, without gradient, into the running one; where not finite, it is that already."""
+    def _remember(self, mean: Tensor, var: Tensor | None, counts: Tensor, due: bool) -> None:
+        """Blend mean and variance into the running ones; where they do not count, they are those already."""
         counters = self._counters()
         if due or not self._ready or torch.compiler.is_compiling():
             steps = counters.num_steps + 1
             part = update_weight(self.config, mean.dtype, torch.ones_like(steps), steps, steps, counters.num_updates)
         else:  # nobody has to ask the device
             part = update_share(self.config, 1, self.clock.steps + 1, self.clock.steps + 1)
-        blend(self.running_mean, mean, part)
-        if torch.compiler.is_compiling() or finite.device.type != "cpu":  # where to look would mean to wait
-            self.num_skipped.add_(~finite)
+        blend(self.running_mean, mean.detach(), part)
+        if self.running_var is not None and var is not None:
+            blend(self.running_var, var.detach(), part)
+        if torch.compiler.is_compiling() or counts.device.type != "cpu":  # where to look would mean to wait
+            self.num_skipped.add_(~counts)
             self._ready = True  # looked at again when the mode changes
-        elif finite:
+        elif counts:
             self._ready = True
         else:
             self.num_skipped.add_(1)
             self._report_skipped()
 
-    def _remember_roots(self, roots: Sequence[Tensor], averages: Sequence[Tensor], finite: Tensor) -> None:
-        """Keep the averages, and, if they are finite, the roots of this step as the last ones."""
-        for running, average in zip(self._roots("running"), averages, strict=True):
+    def _remember_roots(self, roots: Sequence[Tensor], averages: Sequence[Tensor], counts: Tensor) -> None:
+        """Keep the averages, and the roots of this step as the last ones, where they count."""
+        for running, average in zip(self._averages(), averages, strict=True):
             running.copy_(average)
-        for last, root in zip(self._last_roots(), roots, strict=False):
-            last.copy_(torch.where(finite, root.to(last.dtype), last))
-        self.last_update.copy_(torch.where(finite, self.num_steps + 1, self.last_update))
-        self.num_updates.add_(finite)
+        if "running_cov" in self._kinds or "last_root" in self._kinds:
+            for last, root in zip(self._last_roots(), roots, strict=True):
+                last.copy_(torch.where(counts, root.detach().to(last.dtype), last))
+        self.last_update.copy_(torch.where(counts, self.num_steps + 1, self.last_update))
+        self.num_updates.add_(counts)
 
     def _counters(self) -> Counters:
         return Counters(self.num_steps, self.last_update, self.num_updates)
@@ -313,8 +385,8 @@ class Whitening(nn.Module):
         self._skipped = min(self._skipped, skipped)  # somebody may have reset the counter
         if skipped and skipped >= 2 * self._skipped:  # at the 1st, 2nd, 4th, ..., as a diverged run skips every step
             warnings.warn(
-                f"{self.label}: expected finite input, got NaN or infinite values in "
-                f"{skipped - self._skipped} step(s), {skipped} so far. The remembered statistics were left as they "
+                f"{self.label}: expected finite input that varies, got NaN, infinite or constant values, or a single row, "
+                f"in {skipped - self._skipped} step(s), {skipped} so far. The running statistics were left as they "
                 "were; look for the batch, a too large learning rate, or an overflow in half precision.",
                 NonFiniteWarning,
                 stacklevel=2,
@@ -322,20 +394,19 @@ class Whitening(nn.Module):
             self._skipped = skipped
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # A layer that refreshed at every step has saved no last root: the remembered one is the nearest to it.
-        for last, running in zip(self._names(self._kinds[-1]), self._names("running"), strict=True):
-            if prefix + last not in state_dict and prefix + running in state_dict:
-                state_dict[prefix + last] = state_dict[prefix + running]
-        if "last" not in self._kinds:
-            for last in self._names("last"):
+        # A layer that refreshed at every step has saved no last root: the running one is the nearest to it.
+        for last, running in zip(self._names("last_root"), self._names("running_root"), strict=True):
+            if "last_root" not in self._kinds:
                 state_dict.pop(prefix + last, None)
+            elif prefix + last not in state_dict and prefix + running in state_dict:
+                state_dict[prefix + last] = state_dict[prefix + running]
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._agreed = False
         self._skipped = 0 if self.num_skipped.is_meta else int(self.num_skipped)
         self._read_counters()
 
     def extra_repr(self) -> str:
-        default = WhiteningConfig()
+        default = WhiteningConfig().resolved(str(self.estimator.kind), self.blocks.channels // self.blocks.groups)
         changed = [f"{name}={value!r}" for name, value in vars(self.config).items() if value != getattr(default, name)]
         kernel = "x".join(map(str, self.window.kernel_size)) or "linear"
         return ", ".join([f"{self.blocks.channels}", kernel, *changed])

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from netdeconv.config import WhiteningConfig
 from netdeconv.errors import ConfigError
 from netdeconv.nn import WhitenedConv1d, WhitenedConv2d, WhitenedConv3d, WhitenedLinear
-from netdeconv.nn.conv import is_depthwise
 from netdeconv.nn.layer import WhitenedLayer
 
 __all__ = ["Setting", "parameter_like", "plain_twin", "setting_for", "whitened_twin"]
@@ -26,7 +25,7 @@ _CONVS: tuple[tuple[type, Any], ...] = (
 
 
 def setting_for(setting: Setting, path: str, layer: nn.Module) -> WhiteningConfig | None:
-    """The settings of one layer: what a function says, otherwise those given, in the version for its kind of layer.
+    """The settings of one layer: what a function says, otherwise those given.
 
     Raises:
         ConfigError: something else than settings was given.
@@ -37,13 +36,7 @@ def setting_for(setting: Setting, path: str, layer: nn.Module) -> WhiteningConfi
             f"convert: expected whitening a WhiteningConfig, a function of (path, layer) that returns one, or None, "
             f"got {found!r} for {path or 'the model'}."
         )
-    return found if found is None or callable(setting) else _for_kind(found, layer)
-
-
-def _for_kind(config: WhiteningConfig, layer: Any) -> WhiteningConfig:
-    if isinstance(layer, nn.Linear):
-        return config.for_linear()
-    return config.for_depthwise() if is_depthwise(layer.in_channels, layer.groups) else config
+    return found
 
 
 def whitened_twin(layer: Any, whitening: WhiteningConfig | None, path: str, with_bias: bool) -> nn.Module:

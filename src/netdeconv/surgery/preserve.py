@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from netdeconv.config import WhiteningConfig
 from netdeconv.errors import NumericalError
 from netdeconv.functional import Blocks
 from netdeconv.surgery.affine import ChannelAffine, scale_and_shift
@@ -32,10 +31,6 @@ __all__ = ["preserved", "unfold"]
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _TOLERANCE_HALF = 0.1
 
-# Fine-tuned at tiny maps, "tiles" was seen to leave evaluation far behind training, where "spread" does not.
-# Weights change fast at the start of fine-tuning, and refreshes are far between: the averages have to keep up.
-_SETTING = WhiteningConfig(sampling="spread", momentum=0.2)
-
 
 @torch.no_grad()
 def preserved(
@@ -54,7 +49,6 @@ def preserved(
     layers = {modules[entry.path]: entry.path for entry in plan.where(Action.WHITEN)}
     norms = {modules[entry.path]: entry.path for entry in plan.where(Action.REMOVE)}
     plain = dict.fromkeys(_with_shared_parameters(model) & set(layers), "it shares parameters with another module")
-    whitening = _SETTING if whitening is None else whitening
     twins: dict[nn.Module, Any] = {
         layer: whitened_twin(layer, setting_for(whitening, path, layer), path, True)
         for layer, path in layers.items()
@@ -148,18 +142,20 @@ def _replace_layer(layer: Any, twin: Any, gatherer: Gatherer, target: Any) -> tu
 def unfold(weight: Tensor, bias: Tensor, whitening: Any) -> tuple[Tensor, Tensor]:
     """Weight and bias that fold to the given ones with a whitening's remembered mean and roots; float64.
 
-    The inverse of :func:`netdeconv.functional.fold`: ``w = D^-1 w'``, ``b = b' + mean w'``.
+    The inverse of :func:`netdeconv.functional.fold`: ``w = D^-1 S^-1 w'``, ``b = b' + mean w'``.
     """
     blocks: Blocks = whitening.blocks
-    mean, roots = whitening.remembered()
+    mean, roots, scale = whitening.remembered()
     grouped = weight.double().reshape(blocks.groups, -1, blocks.group_features)
+    shift = torch.einsum("goi,gi->go", grouped, blocks.spread_mean(mean.double())).flatten()
+    if scale is not None:
+        grouped = grouped / blocks.of_channels(scale.double()).unsqueeze(1)
     parts = []
     for part, root in zip(blocks.split(grouped), roots, strict=True):
         groups, out, count, size = part.shape
         flat = part.reshape(groups, out * count, size)
         solved = torch.linalg.solve(root.double().expand(groups, size, size), flat, left=False)
         parts.append(solved.reshape(part.shape))
-    shift = torch.einsum("goi,gi->go", grouped, blocks.spread_mean(mean.double())).flatten()
     return blocks.join(parts).reshape(weight.shape), bias.double() + shift
 
 

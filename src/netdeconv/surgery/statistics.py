@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from netdeconv.errors import NumericalError, StatisticsError
-from netdeconv.functional import Moments, Sample, Window, patch_moments
+from netdeconv.functional import Blocks, Sample, Window, channel_variance, patch_moments
 from netdeconv.nn import Whitening
 
 __all__ = ["Gathered", "Gatherer", "input_rows", "put", "remember"]
@@ -19,12 +19,62 @@ _CHUNK = 2**24  # numbers in the patches that are held at a time: 64 MB in float
 _SETTLED = 1e-6  # the weight that the time before the data still has in the running averages
 
 
+_CHANNELS = Blocks(1, 1, 1, 1)  # of moments without covariances
+
+
 class Gathered(NamedTuple):
-    """Mean and covariances as :class:`netdeconv.functional.Moments`, and the number of patches; float64."""
+    """Mean, covariances and number of patches as :class:`netdeconv.functional.Moments`, float64.
+
+    With ``config.scale`` there is the variance of every channel, and the covariances are those of channels divided by
+    its root. No covariances at all: the layer saw one row per image, and stays the plain one.
+    """
 
     mean: Tensor
     covs: tuple[Tensor, ...]
     total: float
+    var: Tensor | None = None
+
+
+class _Sums:
+    """Mean and covariances of everything that came in, by sums about the first mean, or large means would cost digits.
+
+    Covariances are those of single blocks where ``each_block``, as channels are to be scaled before blocks are pooled.
+    """
+
+    def __init__(self, blocks: Blocks, each_block: bool) -> None:
+        self.blocks, self.each_block = blocks, each_block
+        self.total = 0.0
+        self._about: Any = None
+        self._away: Any = 0.0
+        self._squares: list[Any] = []
+
+    def add(self, mean: Tensor, covs: Sequence[Tensor], total: float) -> None:
+        """Take in moments of so many rows."""
+        if self._about is None:
+            self._about, self._squares = mean, [0.0] * len(covs)
+        away = mean - self._about
+        self._away = self._away + away * total
+        self._squares = [
+            square + (cov + mine) * total
+            for square, cov, mine in zip(self._squares, covs, self._outer(away), strict=False)
+        ]
+        self.total += total
+
+    def moments(self) -> tuple[Tensor, list[Tensor]]:
+        """Of all that came in."""
+        away = self._away / self.total
+        covs = [
+            square / self.total - mine for square, mine in zip(self._squares, self._outer(away), strict=False)
+        ]
+        return self._about + away, covs
+
+    def _outer(self, away: Tensor) -> list[Tensor]:
+        if not self._squares:
+            return []
+        if not self.each_block:
+            return self.blocks.outer(away)
+        parts = self.blocks.split(away.reshape(self.blocks.groups, -1))
+        return [part.unsqueeze(-1) * part.unsqueeze(-2) for part in parts]
 
 
 class Gatherer:
@@ -39,31 +89,34 @@ class Gatherer:
     def __init__(self, whitening: Whitening, every_position: bool) -> None:
         self.whitening, self.every_position = whitening, every_position
         self.batches = 0
-        self.total = 0.0
-        self._about: Tensor | None = None  # sums are taken about this mean, or large means would cost digits
-        self._away: Tensor | None = None
-        self._squares: list[Tensor] = []
-        self._means: Any = None  # sum over all patches; none where the mean is that of the sample
-        self._seen = 0.0
+        self._scaled = whitening.running_var is not None
+        self._patches = _Sums(whitening.blocks, each_block=self._scaled)
+        self._all = _Sums(whitening.blocks, each_block=False)  # means of all patches, without covariances
+        self._channels = _Sums(_CHANNELS, each_block=False)  # mean and mean square of every channel
+        self._sums = (self._patches, self._all, self._channels)
+        self._plain = 0
+
+    @property
+    def total(self) -> float:
+        """Patches so far."""
+        return self._patches.total + self._plain
 
     def add(self, x: Tensor) -> Gathered | None:
         """Take in one batch ``(N, C, *spatial)``; returns its own moments, ``None`` if it is empty."""
-        part = Gatherer(self.whitening, self.every_position)
-        for images in self._chunks(x):
-            sample = self._sample(images)
-            if sample.rows.shape[0]:
-                moments = patch_moments(sample.rows.double(), self.whitening.blocks, sample.weights)
-                part._add(Gathered(moments.mean, moments.covs, float(moments.total)))
-                if self.whitening.config.sampling != "corner":
-                    part._add_mean(self.whitening.estimator.mean_of(images.double()))
         self.batches += 1
-        if part.total == 0:
+        if self.whitening.sees_few_rows(x):
+            self._plain += len(x)
+            return self._as_plain()
+        own = Gatherer(self.whitening, self.every_position)
+        own.batches = self.batches - 1  # which positions it looks at
+        for images in self._chunks(x):
+            own._add(images)
+        if not own.total:
             return None
-        self._add(part._of_sample())
-        if part._seen:
-            self._means = part._means if self._means is None else self._means + part._means
-            self._seen += part._seen
-        return part.moments()
+        for mine, its in zip(self._sums, own._sums, strict=True):
+            if its.total:
+                mine.add(*its.moments(), its.total)
+        return own.moments()
 
     def moments(self) -> Gathered:
         """Moments of what came in so far.
@@ -71,36 +124,47 @@ class Gatherer:
         Raises:
             StatisticsError: nothing came in.
         """
-        found = self._of_sample()
-        return found._replace(mean=self._means / self._seen) if self._seen else found
-
-    def _add_mean(self, moments: Moments) -> None:
-        total = moments.mean * moments.total
-        self._means = total if self._means is None else self._means + total
-        self._seen += float(moments.total)
-
-    def _of_sample(self) -> Gathered:
-        if self._about is None or self._away is None:
+        if not self.total:
             raise StatisticsError(
                 f"{self.whitening.label}: expected input to gather statistics from, got none. The data never reach it."
             )
-        away = self._away / self.total
-        outer = self.whitening.blocks.outer(away)
-        covs = tuple(square / self.total - mine for square, mine in zip(self._squares, outer, strict=True))
-        return Gathered(self._about + away, covs, self.total)
+        if not self._patches.total:
+            return self._as_plain()
+        mean, covs = self._patches.moments()
+        if self._all.total:
+            mean, _ = self._all.moments()
+        if not self._scaled:
+            return Gathered(mean, tuple(covs), self.total)
+        about, second = self._channels.moments()[0].chunk(2)
+        var = second - about.square()
+        return Gathered(mean, tuple(self._correlations(covs, var)), self.total, var)
 
-    def _add(self, moments: Gathered) -> None:
-        if self._about is None or self._away is None:
-            self._about, self._away = moments.mean, torch.zeros_like(moments.mean)
-            self._squares = [torch.zeros_like(cov) for cov in moments.covs]
-        away = moments.mean - self._about
-        self._away = self._away + away * moments.total
-        outer = self.whitening.blocks.outer(away)
-        self._squares = [
-            square + (cov + mine) * moments.total
-            for square, cov, mine in zip(self._squares, moments.covs, outer, strict=True)
+    def _as_plain(self) -> Gathered:
+        return Gathered(torch.zeros_like(self.whitening.running_mean), (), self._plain)
+
+    def _correlations(self, covs: Sequence[Tensor], var: Tensor) -> list[Tensor]:
+        """Covariances of single blocks, ``(groups, blocks, n, n)``, to those of scaled channels, pooled."""
+        blocks = self.whitening.blocks
+        scales = blocks.split(blocks.of_channels(self.whitening.estimator.scale_of(var)))
+        return [
+            (cov * scale.unsqueeze(-1) * scale.unsqueeze(-2)).mean(1).reshape(shape)
+            for cov, scale, shape in zip(covs, scales, blocks.root_shapes, strict=True)
         ]
-        self.total += moments.total
+
+    def _add(self, images: Tensor) -> None:
+        sample = self._sample(images)
+        if not sample.rows.shape[0]:
+            return
+        moments = patch_moments(
+            sample.rows.double(), self.whitening.blocks, sample.weights, pooled=not self._scaled
+        )  # fmt: skip
+        self._patches.add(moments.mean, moments.covs, float(moments.total))
+        if self.whitening.config.sampling != "corner":
+            everywhere = self.whitening.estimator.mean_of(images.double())
+            self._all.add(everywhere.mean, (), float(everywhere.total))
+        if self._scaled:
+            mean, var, count = channel_variance(images.double())
+            self._channels.add(torch.cat([mean, var + mean.square()]), (), count)
 
     def _chunks(self, x: Tensor) -> Sequence[Tensor]:
         """So many images at a time that their patches fit; a published row sample counts over the whole batch."""
@@ -127,37 +191,51 @@ def input_rows(x: Tensor, window: Window) -> Tensor:
 
 @torch.no_grad()
 def remember(whitening: Whitening, moments: Gathered, updates: int) -> None:
-    """Make these the remembered statistics, as if training had seen nothing else for long.
+    """Make these the running statistics, as if training had seen nothing else for long.
 
     The schedule continues past its dense warm-up, and later refreshes blend into these values by the momentum.
 
     Raises:
         NumericalError: they are not finite; what was remembered stays.
     """
+    if not moments.covs:
+        whitening.reset_statistics()
+        _settle(whitening, updates)
+        return
     roots = [whitening.estimator.root_of(cov) for cov in moments.covs]
     if not all(bool(value.isfinite().all()) for value in (moments.mean, *roots)):
         raise NumericalError(
             f"{whitening.label}: expected finite statistics, got NaN or infinite values over {moments.total:.0f} "
             "patches. Look for the batch in the data, or an overflow in half precision."
         )
+    if whitening.running_var is not None and moments.var is not None:
+        whitening.running_var.copy_(moments.var)
+    _fill(whitening, "running_cov", moments.covs)
     put(whitening, moments.mean, roots, updates)
 
 
 @torch.no_grad()
 def put(whitening: Whitening, mean: Tensor, roots: Sequence[Tensor], updates: int) -> None:
-    """Write mean and roots into the buffers, as remembered values and as those of the last refresh."""
-    for name, value in zip(("mean", "root", "root_rest"), (mean, *roots), strict=False):
-        for kind in ("running", "last"):
-            buffer: Any = getattr(whitening, f"{kind}_{name}", None)
-            if buffer is not None:
-                buffer.copy_(value.reshape(buffer.shape))
+    """Write mean and roots into the buffers, as running values and as those of the last refresh."""
+    whitening.running_mean.copy_(mean.reshape(whitening.running_mean.shape))
+    _fill(whitening, "running_root", roots)
+    _fill(whitening, "last_root", roots)
     _settle(whitening, updates)
+
+
+def _fill(whitening: Whitening, kind: str, matrices: Sequence[Tensor]) -> None:
+    """Write the buffers of one kind of matrix, where there are such."""
+    for name, matrix in zip((kind, f"{kind}_rest"), matrices, strict=False):
+        buffer: Any = getattr(whitening, name, None)
+        if buffer is not None:
+            buffer.copy_(matrix.reshape(buffer.shape))
 
 
 def _settle(whitening: Whitening, updates: int) -> None:
     """Set the counters to a time at which the warm-up is over and the averages no longer know their start."""
     config = whitening.config
-    steps = 16 * max(1, config.update_every)  # a multiple of the interval, so that the next step refreshes
+    assert config.update_every is not None
+    steps = 16 * config.update_every  # a multiple of the interval, so that the next step refreshes
     if config.momentum is not None and 0 < config.momentum < 1:
         needed = math.ceil(2 * math.log(_SETTLED) / math.log1p(-config.momentum))  # kept roots count for half of them
         steps *= math.ceil(needed / steps)
