@@ -7,13 +7,16 @@ from netdeconv.functional.isqrt import SOLVERS, inverse_sqrt
 from netdeconv.functional.moments import Moments, patch_moments
 from netdeconv.functional.patches import Window, gather_patches, mean_patch
 from netdeconv.functional.sampling import Sample, corner_patches, spread_patches
-from netdeconv.functional.scale import channel_variance
+from netdeconv.functional.scale import channel_variance, scale_of
+from netdeconv.functional.step import Geometry, Slope, whitened_convolution
 
 __all__ = [
     "SOLVERS",
     "Blocks",
+    "Geometry",
     "Moments",
     "Sample",
+    "Slope",
     "Window",
     "channel_variance",
     "corner_patches",
@@ -23,5 +26,7 @@ __all__ = [
     "inverse_sqrt_of_rows",
     "mean_patch",
     "patch_moments",
+    "scale_of",
     "spread_patches",
+    "whitened_convolution",
 ]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from netdeconv.functional.blocks import Blocks
 
-__all__ = ["fold"]
+__all__ = ["fold", "times_roots"]
 
 
 def fold(
@@ -54,7 +54,7 @@ def _plain_fold(
     blocks: Blocks, weight: Tensor, bias: Tensor | None, mean: Tensor, scale: Tensor | None, *roots: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``(w, b) -> (S D w, b - mean S D w)`` for every group, in operators that anything can look through."""
-    folded = _times_roots(weight.reshape(blocks.groups, -1, blocks.group_features), roots, blocks)
+    folded = times_roots(weight.reshape(blocks.groups, -1, blocks.group_features), roots, blocks)
     if scale is not None:
         folded = folded * blocks.of_channels(scale).unsqueeze(1)
     shift = torch.bmm(folded, mean.unsqueeze(-1)).flatten()  # `@` has more operators around it
@@ -130,14 +130,14 @@ class _Fold(Function):
                 for part, back, root, wanted in zip(weights, blocks.split(whole), roots, for_roots, strict=True)
             ]
         if for_weight:
-            grad_weight = _times_roots(total, roots, blocks)
+            grad_weight = times_roots(total, roots, blocks)
             if scale is None:
-                grad_weight.addcmul_(grad_shift, _times_roots(mean.unsqueeze(1), roots, blocks))
+                grad_weight.addcmul_(grad_shift, times_roots(mean.unsqueeze(1), roots, blocks))
             grad_weight = grad_weight.reshape(grad_folded.shape)
         return None, grad_weight, grad_shifted if for_bias else None, grad_mean, grad_scale, *grad_roots
 
 
-def _times_roots(grouped: Tensor, roots: Sequence[Tensor], blocks: Blocks) -> Tensor:
+def times_roots(grouped: Tensor, roots: Sequence[Tensor], blocks: Blocks) -> Tensor:
     """(groups, out, features of the group) times the symmetric root of each part."""
     if len(roots) == 1 and not blocks.interleaved:  # nearly always: there is nothing to cut and to join
         return _times_root(grouped, roots[0])

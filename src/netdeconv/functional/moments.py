@@ -71,7 +71,7 @@ def patch_moments(
             if factored and share is None and _is_short(part)
             else _covariance(part, share).reshape(shape)
             if pooled
-            else _covariance(part.flatten(1, 2).unsqueeze(2), share).unflatten(0, part.shape[1:3])
+            else _covariance(part.flatten(1, 2).unsqueeze(2), share).reshape(*part.shape[1:3], *shape[-2:])
             for part, shape in zip(parts, blocks.root_shapes, strict=True)
         )
     return Moments(mean.flatten(), covs, rows, total)

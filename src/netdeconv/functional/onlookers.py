@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["watched"]
+__all__ = ["traced", "watched"]
 
 
 def watched() -> bool:
@@ -17,3 +17,8 @@ def watched() -> bool:
         return False
     functions = torch._C._functorch.peek_interpreter_stack() is not None
     return functions or forward_ad._current_level >= 0 or torch.jit.is_tracing()
+
+
+def traced() -> bool:
+    """:func:`watched`, or torch's compiler looks on."""
+    return torch.compiler.is_compiling() or watched()

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from netdeconv.errors import ShapeError
-from netdeconv.functional import Window
+from netdeconv.functional import Geometry, Window, whitened_convolution
+from netdeconv.functional.onlookers import traced
 from netdeconv.nn.layer import WhitenedLayer, check_channels, check_conv_arguments, check_fits, check_floating
 from netdeconv.nn.whitening import Whitening
 
 if TYPE_CHECKING:
-    import torch
-
     from netdeconv.config import WhiteningConfig
 
 __all__ = ["WhitenedConv1d", "WhitenedConv2d", "WhitenedConv3d"]
@@ -24,6 +24,11 @@ class _WhitenedConv(WhitenedLayer):
 
     _spatial: tuple[str, ...]
     in_channels: int
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
     _conv_forward: Any
 
     def __init__(
@@ -70,9 +75,30 @@ class _WhitenedConv(WhitenedLayer):
             )
         check_channels(x, -1 - dims, self.in_channels, self._expected, label)
         check_fits(x, self.whitening.window, self._expected, label)
-        weight, bias = self.whitened_parameters(x if x.dim() == dims + 2 else x.unsqueeze(0))
+        geometry = self._geometry(x) if x.dim() == dims + 2 else None
+        if geometry is None:
+            weight, bias = self.whitened_parameters(x if x.dim() == dims + 2 else x.unsqueeze(0))
+        else:
+            found = self.whitening(x, by_hand=True)
+            if found is not None and found.slope is not None:
+                state = (found.mean, found.roots, found.scale, found.slope, self.whitening.blocks)
+                return whitened_convolution(x, self.weight, self.bias, *state, geometry)
+            weight, bias = (self.weight, self.bias) if found is None else self._fold(found)
         output: Tensor = self._conv_forward(x, weight, bias)
         return output
+
+    def _geometry(self, x: Tensor) -> Geometry | None:
+        """How x is convolved, where a training step is one autograd node; ``None`` where it is not.
+
+        That is a step with a scale and a root without gradient, of one process, that nothing traces.
+        """
+        whitening, recorded = self.whitening, torch.is_grad_enabled() and self.weight.requires_grad
+        if not (recorded and whitening.scales_alone() and self.padding_mode == "zeros") or traced():
+            return None
+        pads = self._reversed_padding_repeated_twice
+        if pads[::2] != pads[1::2]:
+            return None
+        return Geometry(self.stride, tuple(pads[::-2]), self.dilation, self.groups)
 
 
 class WhitenedConv1d(_WhitenedConv, nn.Conv1d):

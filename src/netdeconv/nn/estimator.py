@@ -16,6 +16,7 @@ from netdeconv.functional import (
     Blocks,
     Moments,
     Sample,
+    Slope,
     Window,
     channel_variance,
     corner_patches,
@@ -23,6 +24,7 @@ from netdeconv.functional import (
     inverse_sqrt_of_rows,
     mean_patch,
     patch_moments,
+    scale_of,
     spread_patches,
 )
 
@@ -82,12 +84,17 @@ class Estimator:
         return Moments(mean, (), x.shape[0], x.shape[0] * math.prod(self.window.output_size(x.shape[2:])))
 
     def variance_of(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
-        """Mean and variance of every channel of x, with gradient, and of how many entries of the map they are."""
+        """Mean and variance of every channel of x, and of how many entries they are; the variance has a gradient."""
         return channel_variance(x, max_rows=_ROWS_FOR_VARIANCE)
 
+    def slope_of(self, var: Tensor, mean: Tensor, count: int) -> Slope:
+        """The gradient of the scale, where that is computed by hand; arguments from :meth:`variance_of`."""
+        share = (var > self.config.eps).to(var.dtype) / max(1, count)
+        return Slope(mean, share, _ROWS_FOR_VARIANCE, self.config.eps)
+
     def scale_of(self, var: Tensor) -> Tensor:
-        """What every channel is multiplied by: one over its standard deviation, at most one over the root of eps."""
-        return var.clamp(min=max(self.config.eps, torch.finfo(var.dtype).tiny)).rsqrt()
+        """What every channel is multiplied by; see :func:`netdeconv.functional.scale_of`."""
+        return scale_of(var, self.config.eps)
 
     def sample(self, x: Tensor, *, max_samples: int | None = None, turn: Tensor | None = None) -> Sample:
         """The patches of x ``(N, C, *spatial)`` that the covariance is of, by ``config.sampling``.

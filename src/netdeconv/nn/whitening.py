@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from netdeconv.config import WhiteningConfig
 from netdeconv.errors import NonFiniteWarning, StatisticsError
-from netdeconv.functional import Blocks, Window
+from netdeconv.functional import Blocks, Slope, Window
 from netdeconv.nn.averages import blend, update_share, update_weight
 from netdeconv.nn.estimator import Estimator
 from netdeconv.nn.refresh import Counters, all_finite, opaque_refresh, refreshed
@@ -23,11 +23,21 @@ __all__ = ["Statistics", "Whitening"]
 
 class Statistics(NamedTuple):
     """What a layer folds into its weights: ``mean`` as ``blocks.mean_shape``, ``roots`` as ``blocks.root_shapes``, and
-    ``scale``, what every channel is multiplied by, ``None`` for one."""
+    ``scale``, what every channel is multiplied by, ``None`` for one; and, where that was asked for, its ``slope``."""
 
     mean: Tensor
     roots: tuple[Tensor, ...]
     scale: Tensor | None
+    slope: Slope | None = None
+
+
+class _Batch(NamedTuple):
+    """What a batch says of mean and variance, how its scale depends on it, and whether it says anything."""
+
+    mean: Tensor
+    var: Tensor | None
+    slope: Slope | None
+    counts: Tensor
 
 
 class Whitening(nn.Module):
@@ -165,10 +175,13 @@ class Whitening(nn.Module):
         """:meth:`reset_statistics`, by the name that is called after ``to_empty``."""
         self.reset_statistics()
 
-    def forward(self, x: Tensor) -> Statistics | None:
+    def forward(self, x: Tensor, *, by_hand: bool = False) -> Statistics | None:
         """What to fold for x ``(N, C, *spatial)``; ``None`` for nothing.
 
         An empty batch is no step and changes nothing.
+
+        Args:
+            by_hand: the caller takes care of the gradient of the scale; it gets the ``slope`` where there is one.
 
         Raises:
             StatisticsError: running values are needed and there are none; or, with ``sync``, some processes train
@@ -186,15 +199,15 @@ class Whitening(nn.Module):
             self._read_counters()  # DistributedDataParallel may have brought those of rank 0
             self._agreed = True
         if x.numel() == 0 and not shared:
-            return self._with_mean_and_var(self.running_mean, self.running_var, self._last_roots())
+            return self._running(self._last_roots())
         again = _in_backward()  # activation checkpointing runs the forward a second time
         due = self.clock.was_due if again else self.clock.due
         if not due or (again and self.config.average == "covariance"):
-            found = self._ordinary(x, again)
+            found = self._ordinary(x, again, by_hand)
         elif torch.compiler.is_compiling() and not shared and self._may_be_opaque():
             found = self._opaque_refresh(x)
         else:
-            found = self._refresh(x, again)
+            found = self._refresh(x, again, by_hand)
         if not again:
             self.num_steps.add_(1)
             self.clock.advance()
@@ -204,6 +217,10 @@ class Whitening(nn.Module):
         """Whether every image of x ``(N, C, *spatial)`` is one row for a 1x1 convolution; published layers take it."""
         pointwise = self.estimator.kind in ("1x1", "grouped", "depthwise") and self.window.taps == 1
         return pointwise and self.config.debias and x.shape[0] * x.shape[1] == x.numel() > 0
+
+    def scales_alone(self) -> bool:
+        """Whether a step now has one gradient through the statistics, that of the scale, and in this process only."""
+        return self._gathering() and bool(self.config.scale) and not (self.config.differentiable or self._shared())
 
     def _shared(self) -> bool:
         """Whether statistics are gathered over several processes."""
@@ -236,7 +253,7 @@ class Whitening(nn.Module):
                 f"{self.label}: expected whitening statistics from at least one training step, got none so far. "
                 f"{first} some batches in training mode first (model.train()), or load a trained state dict."
             )
-        return self._with_mean_and_var(self.running_mean, self.running_var, self._matrices("running_root"))
+        return self._running(self._matrices("running_root"))
 
     def _check_ready(self) -> bool:
         if torch.compiler.is_compiling():
@@ -244,44 +261,43 @@ class Whitening(nn.Module):
         self._ready = bool(self.num_updates > 0)
         return self._ready
 
-    def _with_mean_and_var(self, mean: Tensor, var: Tensor | None, roots: Sequence[Tensor]) -> Statistics:
-        """Statistics with kept roots; what is a buffer is copied where a gradient is recorded."""
-        mean = _kept(mean) if mean is self.running_mean else mean
-        scale = None if var is None else self.estimator.scale_of(var.to(mean.dtype))
-        return Statistics(mean, tuple(_kept(root) for root in roots), scale)
+    def _running(self, roots: Sequence[Tensor]) -> Statistics:
+        """The running mean and scale with kept roots."""
+        scale = None if self.running_var is None else self.estimator.scale_of(self.running_var)
+        return Statistics(_kept(self.running_mean), tuple(map(_kept, roots)), scale)
 
-    def _of_batch(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Mean and variance of a batch, and whether they can be used: they are finite, and something varies."""
+    def _of_batch(self, x: Tensor, by_hand: bool = False) -> _Batch:
+        """What one batch says; the running values where it has none to say."""
         moments = self.estimator.mean_of(x if self.config.differentiable else x.detach())
         mean = self._joined(moments)
         if self.running_var is None:
-            return mean, None, all_finite((mean,))
-        channel_mean, var, count = self.estimator.variance_of(x)
+            counts = all_finite((mean,))
+            return _Batch(torch.where(counts, mean, self.running_mean.to(mean.dtype)), None, None, counts)
+        channel_mean, var, count = self.estimator.variance_of(x.detach() if by_hand else x)
         if self._shared():
             about = self.blocks.spread_mean(self.running_mean).reshape(-1, self.blocks.taps).mean(1)
             var = joined_variance(channel_mean, var, count, about, self.process_group)
         largest = var.detach().amax()
-        return mean, var, all_finite((mean, largest)) & (largest > 0)
-
-    def _or_running(self, mean: Tensor, var: Tensor | None, counts: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mean and variance, or the running ones where those do not count."""
+        counts = all_finite((mean, largest)) & (largest > 0)
         mean = torch.where(counts, mean, self.running_mean.to(mean.dtype))
-        if var is not None and self.running_var is not None:
-            var = torch.where(counts, var, self.running_var.to(var.dtype))
-        return mean, var
+        var = torch.where(counts, var, self.running_var.to(var.dtype))
+        return _Batch(mean, var, self.estimator.slope_of(var, channel_mean, count) if by_hand else None, counts)
 
-    def _ordinary(self, x: Tensor, again: bool) -> Statistics:
+    def _statistics(self, batch: _Batch, roots: Sequence[Tensor]) -> Statistics:
+        scale = None if batch.var is None else self.estimator.scale_of(batch.var)
+        return Statistics(batch.mean, tuple(roots), scale, batch.slope)
+
+    def _ordinary(self, x: Tensor, again: bool, by_hand: bool) -> Statistics:
         """Mean and scale of this batch, root of the last refresh."""
-        *found, counts = self._of_batch(x)
-        mean, var = self._or_running(*found, counts)
+        batch = self._of_batch(x, by_hand)
         if not again:
-            self._remember(mean, var, counts, due=False)
-        return self._with_mean_and_var(mean, var, self._last_roots())
+            self._remember(batch, due=False)
+        return self._statistics(batch, [_kept(root) for root in self._last_roots()])
 
-    def _refresh(self, x: Tensor, again: bool) -> Statistics:
+    def _refresh(self, x: Tensor, again: bool, by_hand: bool) -> Statistics:
         """Mean, scale and root of this batch, or the running ones where they cannot be used."""
-        mean, var, counts = self._of_batch(x)
-        scale = None if var is None else self.estimator.scale_of(var.detach())
+        batch = self._of_batch(x, by_hand)
+        scale = None if batch.var is None else self.estimator.scale_of(batch.var.detach())
         turn = self.num_updates - 1 if again else self.num_updates
         seen = x if self.config.differentiable else x.detach()
         moments = self.estimator.sample_moments(seen, turn, scale, factored=not self._shared())
@@ -291,27 +307,31 @@ class Whitening(nn.Module):
                 about = about.to(scale.dtype) * self.blocks.of_channels(scale).flatten()
             (moments,) = joined_moments([moments], self.blocks, about, self.process_group)
         if self.config.sampling == "corner":  # as published, the mean is the sample's
-            mean = moments.mean if scale is None else moments.mean / self.blocks.of_channels(scale).flatten()
-            counts = counts & all_finite((mean,))
+            batch = self._with_mean_of_sample(batch, moments.mean, scale)
         running, averages = self._matrices("running_root"), self._averages()
-        roots, new, counts = refreshed(self.estimator, moments, running, averages, self._counters(), counts)
-        mean, var = self._or_running(mean, var, counts)
+        roots, new, counts = refreshed(self.estimator, moments, running, averages, self._counters(), batch.counts)
+        mean = torch.where(counts, batch.mean, self.running_mean.to(batch.mean.dtype))
+        batch = batch._replace(mean=mean, counts=counts)
         if not again:
-            self._remember(mean, var, counts, due=True)
+            self._remember(batch, due=True)
             self._remember_roots(roots, new, counts)
-        return Statistics(mean, tuple(roots), None if var is None else self.estimator.scale_of(var))
+        return self._statistics(batch, roots)
+
+    def _with_mean_of_sample(self, batch: _Batch, mean: Tensor, scale: Tensor | None) -> _Batch:
+        mean = mean if scale is None else mean / self.blocks.of_channels(scale).flatten()
+        return batch._replace(mean=mean, counts=batch.counts & all_finite((mean,)))
 
     def _opaque_refresh(self, x: Tensor) -> Statistics:
         """:meth:`_refresh` for a compiler that does not have to look inside."""
-        mean, var, counts = self._of_batch(x)
-        scale = None if var is None else self.estimator.scale_of(var.detach())
-        running, averages = self._matrices("running_root"), self._averages()
-        state = (running, averages, self._counters(), counts)
+        batch = self._of_batch(x)
+        scale = None if batch.var is None else self.estimator.scale_of(batch.var.detach())
+        state = (self._matrices("running_root"), self._averages(), self._counters(), batch.counts)
         roots, new, counts = opaque_refresh(self.estimator, x.detach(), scale, *state)
-        mean, var = self._or_running(mean, var, counts)
-        self._remember(mean, var, counts, due=True)
+        mean = torch.where(counts, batch.mean, self.running_mean.to(batch.mean.dtype))
+        batch = batch._replace(mean=mean, counts=counts)
+        self._remember(batch, due=True)
         self._remember_roots(roots, new, counts)
-        return Statistics(mean, tuple(roots), None if var is None else self.estimator.scale_of(var))
+        return self._statistics(batch, roots)
 
     def _averages(self) -> tuple[Tensor, ...]:
         """What is averaged over the refreshes."""
@@ -332,8 +352,9 @@ class Whitening(nn.Module):
             return mean
         return joined_moments([moments], self.blocks, self.running_mean, self.process_group)[0].mean
 
-    def _remember(self, mean: Tensor, var: Tensor | None, counts: Tensor, due: bool) -> None:
+    def _remember(self, batch: _Batch, due: bool) -> None:
         """Blend mean and variance into the running ones; where they do not count, they are those already."""
+        mean, var, _, counts = batch
         counters = self._counters()
         if due or not self._ready or torch.compiler.is_compiling():
             steps = counters.num_steps + 1

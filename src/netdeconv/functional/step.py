@@ -1,0 +1,140 @@
+"""A training step of a convolution whitened by its own scale and a kept root, as one autograd node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function
+
+from netdeconv.functional.blocks import Blocks
+from netdeconv.functional.fold import fold, times_roots
+from netdeconv.functional.precision import without_autocast
+from netdeconv.functional.scale import along_channels, channel_variance, scale_of, some_images
+
+__all__ = ["Geometry", "Slope", "whitened_convolution"]
+
+
+class Geometry(NamedTuple):
+    """What a convolution takes behind its bias; the padding is of zeros, equally many before and after."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+class Slope(NamedTuple):
+    """How a scale was computed: what its gradient needs.
+
+    Args:
+        mean: of every channel, in the images that the variance is of.
+        share: one over the number of entries that it is of; zero for a channel whose scale is a constant.
+        max_rows: as :func:`netdeconv.functional.channel_variance` got it.
+        eps: the smallest variance that a channel is divided by.
+    """
+
+    mean: Tensor
+    share: Tensor
+    max_rows: int | None
+    eps: float
+
+
+def whitened_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    roots: Sequence[Tensor],
+    scale: Tensor,
+    slope: Slope,
+    blocks: Blocks,
+    geometry: Geometry,
+) -> Tensor:
+    """``conv(x, *fold(weight, bias, mean, roots, blocks, scale))``: mean and roots constants, scale a function of x.
+
+    The scale's gradient is added to the convolution's in place, and only into the images that the scale is of; step by
+    step it would be written out in the size of x twice. Differentiable any number of times.
+
+    Shapes: x ``(N, C, *spatial)``; the others as in :func:`netdeconv.functional.fold`. Fold and scale are computed in
+    float32 at least, the convolution in x's dtype or autocast's.
+
+    Args:
+        scale: of every channel of x, without gradient.
+        slope: how it was computed.
+    """
+    result: Tensor = _Step.apply(x, weight, bias, mean, scale, slope, blocks, geometry, *roots)
+    return result
+
+
+class _Step(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mean: Tensor,
+        scale: Tensor,
+        slope: Slope,
+        blocks: Blocks,
+        geometry: Geometry,
+        *roots: Tensor,
+    ) -> Tensor:
+        folded, shifted = fold(weight, bias, mean, roots, blocks, scale)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with without_autocast(kind):
+            y = _convolution(x.to(dtype), folded.to(dtype), shifted.to(dtype), geometry)
+        ctx.save_for_backward(x, weight, bias, mean, scale, folded, slope.mean, slope.share, *roots)
+        ctx.rest = slope, blocks, geometry, dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with without_autocast(grad.device.type):  # somebody may call backward inside of autocast
+            own = _by_parts(ctx, grad) if torch.is_grad_enabled() else _gradients(ctx, grad)
+        return *own, *[None] * (len(ctx.needs_input_grad) - len(own))
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Of x, weight and bias."""
+    x, weight, _, mean, scale, folded, channel_mean, share, *roots = ctx.saved_tensors
+    slope, blocks, geometry, dtype = ctx.rest
+    for_x, _, for_bias, *_ = ctx.needs_input_grad
+    padding_of_output = [0] * len(geometry.stride)
+    grad_x, grad_folded, grad_shifted = torch.ops.aten.convolution_backward(
+        grad, x.to(dtype), folded.to(dtype), [folded.shape[0]],
+        *geometry[:3], False, padding_of_output, geometry.groups, [for_x, True, True],
+    )  # fmt: skip
+    rows = grad_folded.to(scale.dtype).reshape(blocks.groups, -1, blocks.group_features)
+    shifts = grad_shifted.to(scale.dtype).reshape(blocks.groups, -1, 1)
+    total = torch.addcmul(rows, shifts, blocks.spread_mean(mean).unsqueeze(1), value=-1)
+    if for_x:
+        grad_x = grad_x.to(x.dtype)
+        of_features = (total * folded.to(scale.dtype).reshape(rows.shape)).sum(1)
+        factor = of_features.reshape(-1, blocks.taps).sum(1) * scale.square() * share
+        some, part = some_images(x, slope.max_rows), some_images(grad_x, slope.max_rows)
+        factor, offset = (along_channels(value, x).to(x.dtype) for value in (factor, factor * channel_mean))
+        part.addcmul_(some, factor, value=-1).add_(offset)
+    grad_weight = times_roots(total * blocks.of_channels(scale).unsqueeze(1), roots, blocks).reshape(weight.shape)
+    return grad_x, grad_weight.to(weight.dtype), grad_shifted.to(weight.dtype) if for_bias else None
+
+
+def _by_parts(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The same with a gradient of its own, from operators that have one."""
+    x, weight, bias, mean, _, _, _, share, *roots = ctx.saved_tensors
+    slope, blocks, geometry, dtype = ctx.rest
+    _, var, _ = channel_variance(x, max_rows=slope.max_rows)
+    scale = torch.where(share > 0, scale_of(var, slope.eps), ctx.saved_tensors[4])
+    folded, shifted = fold(weight, bias, mean, roots, blocks, scale)
+    y = _convolution(x.to(dtype), folded.to(dtype), shifted.to(dtype), geometry)
+    inputs = [value for value, needed in zip((x, weight, bias), ctx.needs_input_grad, strict=False) if needed]
+    found = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
+    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad[:3])
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry) -> Tensor:
+    return torch.convolution(x, weight, bias, *geometry[:3], False, [0] * len(geometry.stride), geometry.groups)
