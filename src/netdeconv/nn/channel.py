@@ -67,7 +67,7 @@ class ChannelWhitening(nn.Module):
             )
         check_channels(x, 1, self.num_channels, expected, label)
         flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
-        mean, roots, scale = self.whitening(flat)
+        mean, roots, scale, _ = self.whitening(flat)
         blocks = self.whitening.blocks
         dtype = torch.promote_types(x.dtype, torch.float32)
         with without_autocast(x.device.type):

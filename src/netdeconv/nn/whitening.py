@@ -271,17 +271,23 @@ class Whitening(nn.Module):
         moments = self.estimator.mean_of(x if self.config.differentiable else x.detach())
         mean = self._joined(moments)
         if self.running_var is None:
-            counts = all_finite((mean,))
-            return _Batch(torch.where(counts, mean, self.running_mean.to(mean.dtype)), None, None, counts)
+            return self._or_running(_Batch(mean, None, None, all_finite((mean,))))
         channel_mean, var, count = self.estimator.variance_of(x.detach() if by_hand else x)
         if self._shared():
             about = self.blocks.spread_mean(self.running_mean).reshape(-1, self.blocks.taps).mean(1)
             var = joined_variance(channel_mean, var, count, about, self.process_group)
         largest = var.detach().amax()
         counts = all_finite((mean, largest)) & (largest > 0)
+        slope = self.estimator.slope_of(var, channel_mean, count) if by_hand else None
+        return self._or_running(_Batch(mean, var, slope, counts))
+
+    def _or_running(self, batch: _Batch) -> _Batch:
+        """The batch, or the running values, which are constants, where it does not count."""
+        mean, var, slope, counts = batch
         mean = torch.where(counts, mean, self.running_mean.to(mean.dtype))
-        var = torch.where(counts, var, self.running_var.to(var.dtype))
-        return _Batch(mean, var, self.estimator.slope_of(var, channel_mean, count) if by_hand else None, counts)
+        if var is not None and self.running_var is not None:
+            var = torch.where(counts, var, self.running_var.to(var.dtype))
+        return _Batch(mean, var, None if slope is None else slope._replace(share=slope.share * counts), counts)
 
     def _statistics(self, batch: _Batch, roots: Sequence[Tensor]) -> Statistics:
         scale = None if batch.var is None else self.estimator.scale_of(batch.var)
@@ -297,7 +303,8 @@ class Whitening(nn.Module):
     def _refresh(self, x: Tensor, again: bool, by_hand: bool) -> Statistics:
         """Mean, scale and root of this batch, or the running ones where they cannot be used."""
         batch = self._of_batch(x, by_hand)
-        scale = None if batch.var is None else self.estimator.scale_of(batch.var.detach())
+        var = batch.var if batch.var is None or self.config.differentiable else batch.var.detach()
+        scale = None if var is None else self.estimator.scale_of(var)
         turn = self.num_updates - 1 if again else self.num_updates
         seen = x if self.config.differentiable else x.detach()
         moments = self.estimator.sample_moments(seen, turn, scale, factored=not self._shared())
@@ -310,8 +317,7 @@ class Whitening(nn.Module):
             batch = self._with_mean_of_sample(batch, moments.mean, scale)
         running, averages = self._matrices("running_root"), self._averages()
         roots, new, counts = refreshed(self.estimator, moments, running, averages, self._counters(), batch.counts)
-        mean = torch.where(counts, batch.mean, self.running_mean.to(batch.mean.dtype))
-        batch = batch._replace(mean=mean, counts=counts)
+        batch = self._or_running(batch._replace(counts=counts))
         if not again:
             self._remember(batch, due=True)
             self._remember_roots(roots, new, counts)
@@ -327,8 +333,7 @@ class Whitening(nn.Module):
         scale = None if batch.var is None else self.estimator.scale_of(batch.var.detach())
         state = (self._matrices("running_root"), self._averages(), self._counters(), batch.counts)
         roots, new, counts = opaque_refresh(self.estimator, x.detach(), scale, *state)
-        mean = torch.where(counts, batch.mean, self.running_mean.to(batch.mean.dtype))
-        batch = batch._replace(mean=mean, counts=counts)
+        batch = self._or_running(batch._replace(counts=counts))
         self._remember(batch, due=True)
         self._remember_roots(roots, new, counts)
         return self._statistics(batch, roots)
