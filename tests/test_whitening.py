@@ -29,7 +29,10 @@ from netdeconv.nn.estimator import Estimator
 
 # float64, at most a hundred blends of numbers of order one.
 TIGHT: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
-PLAIN = WhiteningConfig(eps=0.0, solver="newton_schulz")  # exact on a single number
+PLAIN = WhiteningConfig(eps=0.0, solver="newton_schulz")  # exact on a single number, a linear layer's otherwise
+AVERAGED = PLAIN.replace(average="covariance")
+SCALED = AVERAGED.replace(scale=True)
+POINT = Window((1,), (1,), (1,), ((0, 0),))
 
 
 class InCompiler:
@@ -62,6 +65,13 @@ def batches(count: int) -> list[tuple[float, float]]:
 
 def remembered(whitening: Whitening) -> tuple[float, float]:
     return float(whitening.running_mean), float(whitening.running_root)
+
+
+def used(whitening: Whitening, x: Tensor) -> tuple[float, float]:
+    """Mean and root that this batch is whitened by."""
+    found = whitening(x)
+    (root,) = found.roots
+    return float(found.mean), float(root)
 
 
 # ---- averages ---------------------------------------------------------------------------------------
@@ -120,13 +130,14 @@ def test_averages_live_in_steps(update_every: int, momentum: float | None, debia
 
 def test_the_gains_of_a_root_are_averaged_as_variances_and_the_rest_apart() -> None:
     torch.manual_seed(0)
-    config = WhiteningConfig(update_every=1, eps=0.0, momentum=None, solver="eigh", sampling="spread")
-    whitening = Whitening(6, Window((1,), (1,), (1,), ((0, 0),)), 2, config, dtype=torch.float64)
+    averaged = {"momentum": None, "average": "root", "scale": False}
+    config = WhiteningConfig(update_every=1, eps=0.0, solver="eigh", sampling="spread", **averaged)
+    whitening = Whitening(6, POINT, 2, config, dtype=torch.float64)
     roots = []
     for scale in (1.0, 10.0, 0.1, 30.0):
         x = torch.einsum("ngcl,gcd->ngdl", torch.randn(50, 2, 3, 9), torch.randn(2, 3, 3)).double()
         x[:, 1] *= scale  # the groups are nothing to one another
-        roots.append(whitening(x.flatten(1, 2))[1][0])
+        roots.append(whitening(x.flatten(1, 2)).roots[0])
     gains = torch.stack([root.diagonal(dim1=-2, dim2=-1) for root in roots])
     correlations = torch.stack(roots) / (gains.unsqueeze(-1) * gains.unsqueeze(-2)).sqrt()
     gain = (gains**-2).mean(0) ** -0.5
@@ -139,7 +150,7 @@ def test_evaluation_follows_activations_that_grow(solver: str, debias: bool, tim
     config = WhiteningConfig(debias=debias, update_every=1, solver=solver)
     whitening = Whitening(2, Window(), config=config, dtype=torch.float64)
     for step in range(60):  # by an eighth, as activations do in the first steps at a high rate; one feature is dead
-        _, (root,) = whitening(torch.tensor([[-1.0, 0], [1.0, 0]], dtype=torch.float64) * 1.125**step)
+        (root,) = whitening(torch.tensor([[-1.0, 0], [1.0, 0]], dtype=torch.float64) * 1.125**step).roots
     assert float(whitening.running_root[0, 0] / root[0, 0]) == pytest.approx(times, abs=0.01)
 
 
@@ -164,49 +175,57 @@ def test_momentum_zero_keeps_the_start(debias: bool, first: tuple[float, float])
 def test_ordinary_steps_use_their_own_mean_and_the_last_root_and_evaluation_the_averages() -> None:
     whitening = one_feature(PLAIN.replace(update_every=2))
     for mean, deviation in batches(17):
-        used, (root,) = whitening(number(mean, deviation))
-        close((float(used), float(root)), (mean, 1 / deviation))
+        close(used(whitening, number(mean, deviation)), (mean, 1 / deviation))
     before = remembered(whitening)
-    used, (root,) = whitening(number(-7, 1e6))  # step 17: no refresh of the root
-    close((float(used), float(root)), (-7, 1 / deviation))
+    close(used(whitening, number(-7, 1e6)), (-7, 1 / deviation))  # step 17: no refresh of the root
     assert remembered(whitening)[0] != before[0]
     assert remembered(whitening)[1] == before[1]
-    used, (root,) = whitening.eval()(number(-1e6, 1e6))
-    assert (float(used), float(root)) == remembered(whitening)
+    assert used(whitening.eval(), number(-1e6, 1e6)) == remembered(whitening)
 
 
 # ---- what a refresh looks at -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("sampling", "options"), [("spread", {"sampling_stride": 3}), ("tiles", {"grid": 3})])
-def test_every_refresh_looks_at_other_positions_for_the_root_and_at_all_for_the_mean(
-    sampling: str, options: dict[str, int]
+@pytest.mark.parametrize(("average", "scale"), [("root", False), ("root", True), ("covariance", True)])
+def test_every_refresh_looks_at_other_positions_for_the_root_and_at_all_for_the_mean_and_the_scale(
+    sampling: str, options: dict[str, int], average: str, scale: bool
 ) -> None:
-    config = WhiteningConfig(max_samples=40, momentum=1, update_every=1, sampling=sampling)
+    config = WhiteningConfig(
+        max_samples=40, momentum=1, update_every=1, sampling=sampling, average=average, scale=scale
+    )
     window = Window((2,), (1,), (1,), ((0, 0),))
     whitening = Whitening(2, window, config=config, dtype=torch.float64)
     x = torch.randn(3, 2, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).cumsum(-1)
+    var = x.var((0, 2), correction=0) if scale else torch.ones(2, dtype=torch.float64)
+    deviation = var.sqrt().repeat_interleave(2)
     covs = []
     for turn in range(3):
         whitening(x)
         sample = spread_patches(x, window, **options, max_samples=40, turn=torch.tensor(turn))
-        cov = patch_moments(sample.rows, whitening.blocks, sample.weights).covs[0]
-        close(whitening.running_root, inverse_sqrt(cov + config.eps * torch.eye(4, dtype=torch.float64)))
+        cov = patch_moments(sample.rows / deviation, whitening.blocks, sample.weights).covs[0]
+        diagonal = config.eps * torch.eye(4, dtype=torch.float64)
+        close(whitening.running_root, inverse_sqrt(cov + diagonal, num_iters=3))
         close(whitening.running_mean, patch_moments(spread_patches(x, window).rows, whitening.blocks).mean)
+        if whitening.running_var is not None:
+            close(whitening.running_var, var)
+        if average == "covariance":
+            close(whitening.running_cov, cov)
         covs.append(cov)
     assert not torch.equal(covs[0], covs[1])
     assert not torch.equal(covs[1], covs[2])
 
 
 def test_the_published_grid_gives_the_mean_too() -> None:
-    window = Window((1,), (1,), (1,), ((0, 0),))
-    whitening = Whitening(1, window, config=WhiteningConfig.paper(momentum=1, eps=0.0), dtype=torch.float64)
+    whitening = Whitening(1, POINT, config=WhiteningConfig.paper(momentum=1, eps=0.0), dtype=torch.float64)
     whitening(torch.arange(8.0, dtype=torch.float64).reshape(2, 1, 4))  # of the row 0, 1, ..., 7 every third
     close(remembered(whitening), (3, 6**-0.5))
 
 
 def test_eps_is_added_to_the_diagonal_of_every_part() -> None:
-    whitening = Whitening(3, Window(), config=WhiteningConfig(block_size=2, eps=0.25, solver="eigh"))
+    constants_too = {"debias": False, "momentum": 1}  # as published
+    config = WhiteningConfig(block_size=2, eps=0.25, solver="eigh", **constants_too)
+    whitening = Whitening(3, Window(), config=config)
     whitening(torch.ones(4, 3))
     close(whitening.running_root, 2 * torch.eye(2), rtol=1e-6, atol=1e-6)
     close(whitening.running_root_rest, [[2.0]], rtol=1e-6, atol=1e-6)
@@ -222,21 +241,28 @@ def test_eps_is_added_to_the_diagonal_of_every_part() -> None:
         (5, 1, WhiteningConfig(block_size=2), (45,), [(18, 18), (9, 9)]),
         (6, 2, WhiteningConfig(block_size=2), (54,), [(2, 18, 18), (2, 9, 9)]),
         (6, 6, WhiteningConfig(), (54,), [(6, 9, 9)]),
+        (5, 1, WhiteningConfig(block_size=2, average="root"), (45,), [(18, 18), (9, 9)]),
+        (6, 1, WhiteningConfig(scale=False, average="root", update_every=1), (54,), [(54, 54)]),
         (6, 1, WhiteningConfig.paper(block_size=4), (18,), [(18, 18)]),
         (6, 2, WhiteningConfig.paper(), (54,), [(2, 27, 27)]),
     ],
 )
-def test_buffers_start_at_zero_and_identity(
+def test_buffers_start_at_zero_one_and_identity(
     channels: int, groups: int, config: WhiteningConfig, mean: tuple[int, ...], roots: list[tuple[int, ...]]
 ) -> None:
     layer = WhitenedConv2d(channels, 6, 3, groups=groups, whitening=config)
-    state = layer.whitening.state_dict()
-    kinds = ("running",) if config.update_every == 1 else ("running", "last")
-    names = {
-        f"{kind}_{name}": shape for kind in kinds for name, shape in zip(("root", "root_rest"), roots, strict=False)
-    }
-    assert set(state) == {"running_mean", *names, "num_updates", "num_steps", "last_update", "num_skipped"}
+    state, settings = layer.whitening.state_dict(), layer.whitening.config
+    kinds = ["running_root"]
+    if settings.average == "covariance":
+        kinds.append("running_cov")
+    elif settings.update_every > 1:
+        kinds.append("last_root")
+    names = {f"{kind}{rest}": shape for kind in kinds for rest, shape in zip(("", "_rest"), roots, strict=False)}
+    numbers = {"running_mean", "num_updates", "num_steps", "last_update", "num_skipped"}
+    assert set(state) == numbers | set(names) | ({"running_var"} if settings.scale else set())
     assert torch.equal(state["running_mean"], torch.zeros(mean))
+    if settings.scale:
+        assert torch.equal(state["running_var"], torch.ones(channels))
     for name, shape in names.items():
         assert torch.equal(state[name], torch.eye(shape[-1]).expand(shape))
     for name in ("num_updates", "num_steps", "last_update", "num_skipped"):
@@ -244,8 +270,9 @@ def test_buffers_start_at_zero_and_identity(
         assert state[name] == 0
 
 
-def test_reset_forgets_everything() -> None:
-    whitening = Whitening(5, Window(), config=WhiteningConfig(block_size=2, update_every=16))
+@pytest.mark.parametrize("config", [WhiteningConfig(update_every=16), SCALED], ids=["root", "covariance"])
+def test_reset_forgets_everything(config: WhiteningConfig) -> None:
+    whitening = Whitening(5, Window(), config=config.replace(block_size=2, update_every=16))
     start = {name: value.clone() for name, value in whitening.state_dict().items()}
     for step in range(20):
         whitening(torch.randn(7, 5, generator=torch.Generator().manual_seed(step)))
@@ -261,13 +288,13 @@ def test_reset_forgets_everything() -> None:
 def test_remembered_values_that_a_gradient_needs_are_copies() -> None:
     whitening = one_feature(PLAIN.replace(momentum=1))
     whitening(number(10, 2))
-    mean, (root,) = whitening.remembered()
+    found = whitening.remembered()
     whitening(number(20, 4))
-    close((float(mean), float(root)), (10, 0.5))
+    close((float(found.mean), float(found.roots[0])), (10, 0.5))
     with torch.no_grad():
-        mean, (root,) = whitening.remembered()
-    assert mean is whitening.running_mean
-    assert root is whitening.running_root
+        found = whitening.remembered()
+    assert found.mean is whitening.running_mean
+    assert found.roots[0] is whitening.running_root
 
 
 def test_there_is_nothing_to_use_before_the_first_step() -> None:
@@ -297,13 +324,12 @@ def test_a_batch_that_is_not_finite_is_left_out_and_reported() -> None:
     whitening = one_feature(PLAIN)
     whitening(number(10, 2))
     match = (
-        r"^here: expected finite input, got NaN or infinite values in 1 step\(s\), [12] so far\. "
-        r"The remembered statistics were left as they were; look for"
+        r"^here: expected finite input that varies, got NaN, infinite or constant values, or a single row, "
+        r"in 1 step\(s\), [12] so far\. The running statistics were left as they were; look for"
     )
     for poison, warned in ((torch.nan, True), (torch.inf, True), (-torch.inf, False)):
         with pytest.warns(NonFiniteWarning, match=match) if warned else contextlib.nullcontext():
-            mean, (root,) = whitening(number(poison, 2))
-        close((float(mean), float(root)), (10, 1 / 2))
+            close(used(whitening, number(poison, 2)), (10, 1 / 2))
     assert (int(whitening.num_steps), int(whitening.num_updates), int(whitening.num_skipped)) == (4, 1, 3)
     whitening(number(20, 4))
     mean = average([10, 20], [4, 1], 0.1, True, 0)  # as if the steps left out had seen what was remembered
@@ -327,8 +353,8 @@ def test_a_step_without_a_refresh_is_left_out_as_well() -> None:
         whitening(number(10, 2 + step % 2))
     before = remembered(whitening)
     with pytest.warns(NonFiniteWarning, match=r"in 1 step\(s\)"):
-        mean, (root,) = whitening(number(torch.nan, 3))
-    close((float(mean), float(root)), (10, 1 / 2))  # the mean remembered, the root of the last refresh
+        found = used(whitening, number(torch.nan, 3))
+    close(found, (10, 1 / 2))  # the running mean, the root of the last refresh
     assert remembered(whitening) == before
     assert (int(whitening.num_steps), int(whitening.num_updates), int(whitening.num_skipped)) == (18, 17, 1)
 
@@ -339,15 +365,13 @@ def test_after_a_refresh_that_is_left_out_the_last_good_root_is_used() -> None:
         whitening(number(10, 2 + step % 3))  # the last refresh, at step 16, sees 3
     with pytest.warns(NonFiniteWarning, match=r"in 1 step\(s\)"):
         whitening(number(torch.nan, 7))
-    mean, (root,) = whitening(number(5, 9))
-    close((float(mean), float(root)), (5, 1 / 3))
+    close(used(whitening, number(5, 9)), (5, 1 / 3))
 
 
 def test_a_first_batch_that_is_not_finite_leaves_nothing_to_evaluate() -> None:
     whitening = one_feature(PLAIN)
     with pytest.warns(NonFiniteWarning, match="expected finite input"):
-        mean, (root,) = whitening(number(torch.nan, 1))
-    assert (float(mean), float(root)) == (0, 1)
+        assert used(whitening, number(torch.nan, 1)) == (0, 1)
     with pytest.raises(StatisticsError, match="got none so far"):
         whitening.eval()(number(1, 1))
     whitening.train()(number(10, 2))
@@ -373,11 +397,9 @@ def test_reports_that_had_to_wait_come_when_the_mode_changes_and_only_once() -> 
 def test_an_empty_batch_is_no_step(update_every: int) -> None:
     whitening = one_feature(PLAIN.replace(update_every=update_every))
     empty = torch.empty(0, 1, dtype=torch.float64)
-    mean, (root,) = whitening(empty)
-    assert (float(mean), float(root)) == (0, 1)
+    assert used(whitening, empty) == (0, 1)
     whitening(number(10, 2))
-    mean, (root,) = whitening(empty)
-    close((float(mean), float(root)), (10, 1 / 2))
+    close(used(whitening, empty), (10, 1 / 2))
     assert (int(whitening.num_steps), int(whitening.num_updates), int(whitening.num_skipped)) == (1, 1, 0)
     assert whitening.clock.steps == 1
     close(remembered(whitening), (10, 1 / 2))
@@ -405,7 +427,7 @@ def test_settings_cannot_be_changed_behind_the_buffers() -> None:
     whitening = one_feature(PLAIN)
     with pytest.raises(AttributeError):
         whitening.config = WhiteningConfig()  # type: ignore[misc]
-    assert whitening.config == PLAIN
+    assert whitening.config == PLAIN.resolved("linear", 1)
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
