@@ -39,13 +39,13 @@ def all_finite(values: Sequence[Tensor]) -> Tensor:
     return (largest[0] if len(largest) == 1 else torch.stack(largest).amax()) < math.inf
 
 
-def usable(estimator: Estimator, moments: Moments) -> Tensor | None:
-    """Whether there is a covariance to take a root of: a single row or a constant batch has none; ``None`` for yes.
+def usable(estimator: Estimator, moments: Moments) -> Tensor | bool:
+    """Whether there is a covariance to take a root of: a single row or a constant batch has none.
 
     As published, a root is taken all the same, and multiplies by one over the root of eps.
     """
     if not (estimator.config.debias and moments.covs):
-        return None
+        return True
     return torch.stack([cov.detach().abs().amax() for cov in moments.covs]).amax() > 0
 
 
@@ -70,8 +70,7 @@ def refreshed(
     config = estimator.config
     by_covariance = config.average == "covariance"
     covs = list(moments.covs)
-    varies = usable(estimator, moments)
-    counts = counts if varies is None else counts & varies
+    counts = counts & usable(estimator, moments)
     if by_covariance:
         share = refresh_weight(config, covs[0].dtype, counters.num_updates)
         covs = [blended(old, cov, share) for old, cov in zip(averages, covs, strict=True)]

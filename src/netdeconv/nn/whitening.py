@@ -1,46 +1,26 @@
-"""The whitening of one layer's input: its statistics, when they are refreshed, and what is remembered."""
+"""The whitening of one layer's input: what a step is whitened by, and when the statistics are refreshed."""
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from netdeconv.config import WhiteningConfig
-from netdeconv.errors import NonFiniteWarning, StatisticsError
-from netdeconv.functional import Blocks, Slope, Window
-from netdeconv.nn.averages import blend, update_share, update_weight
+from netdeconv.errors import StatisticsError
+from netdeconv.functional import Window
 from netdeconv.nn.estimator import Estimator
-from netdeconv.nn.refresh import Counters, all_finite, opaque_refresh, refreshed
-from netdeconv.nn.schedule import Clock
+from netdeconv.nn.refresh import all_finite, opaque_refresh, refreshed, usable
+from netdeconv.nn.running import Batch, RunningStatistics, Statistics, kept
 from netdeconv.nn.sync import check_same_mode, distributed, joined_moments, joined_variance
 
 __all__ = ["Statistics", "Whitening"]
 
 
-class Statistics(NamedTuple):
-    """What a layer folds into its weights: ``mean`` as ``blocks.mean_shape``, ``roots`` as ``blocks.root_shapes``, and
-    ``scale``, what every channel is multiplied by, ``None`` for one; and, where that was asked for, its ``slope``."""
-
-    mean: Tensor
-    roots: tuple[Tensor, ...]
-    scale: Tensor | None
-    slope: Slope | None = None
-
-
-class _Batch(NamedTuple):
-    """What a batch says of mean and variance, how its scale depends on it, and whether it says anything."""
-
-    mean: Tensor
-    var: Tensor | None
-    slope: Slope | None
-    counts: Tensor
-
-
-class Whitening(nn.Module):
+class Whitening(RunningStatistics):
     """Mean, scale and inverse root of the covariance of the patches that a layer looks at.
 
     ``forward(x)`` returns what the layer folds into its weights. In training, mean and scale are those of the batch, at
@@ -79,13 +59,6 @@ class Whitening(nn.Module):
     steps are counted now), by which processes notice that they are not in the same mode.
     """
 
-    running_mean: Tensor
-    running_var: Tensor | None
-    running_root: Tensor
-    num_updates: Tensor
-    num_steps: Tensor
-    last_update: Tensor
-    num_skipped: Tensor
     gathers: Tensor
 
     def __init__(
@@ -100,80 +73,18 @@ class Whitening(nn.Module):
         dtype: torch.dtype | None = None,
         label: str = "Whitening",
     ) -> None:
-        super().__init__()
-        self.label = label
-        self.estimator = Estimator(channels, window, groups, WhiteningConfig() if config is None else config, kind)
+        estimator = Estimator(channels, window, groups, WhiteningConfig() if config is None else config, kind)
+        super().__init__(estimator, label, device=device, dtype=dtype)
         self.frozen = False
         self.process_group: Any = None
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.register_buffer("running_mean", torch.empty(self.blocks.mean_shape, **place))
-        self.register_buffer("running_var", torch.empty(channels, **place) if self.config.scale else None)
-        self._kinds: tuple[str, ...] = ("running_root",)
-        if self.config.average == "covariance":
-            self._kinds += ("running_cov",)
-        elif self._every > 1:
-            self._kinds += ("last_root",)
-        for kind_of_matrix in self._kinds:
-            for name, shape in zip(self._names(kind_of_matrix), self.blocks.root_shapes, strict=True):
-                self.register_buffer(name, torch.empty(shape, **place))
-        for name in ("num_updates", "num_steps", "last_update", "num_skipped"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
         mode = torch.ones((), dtype=torch.int64, device=device)
         self.register_buffer("gathers", mode, persistent=False)  # DistributedDataParallel brings that of rank 0
-        self.clock = Clock(self._every)
-        self._ready = False
-        self._agreed = False
-        self._skipped = 0
         self.reset_statistics()
-
-    @property
-    def _every(self) -> int:
-        assert self.config.update_every is not None
-        return self.config.update_every
-
-    def _names(self, kind: str) -> tuple[str, ...]:
-        return (kind, f"{kind}_rest")[: len(self.blocks.parts)]
-
-    def _matrices(self, kind: str) -> tuple[Tensor, ...]:
-        """The buffers of this kind, one for every part of ``blocks``; none where there is no such kind."""
-        return tuple(getattr(self, name) for name in self._names(kind)) if kind in self._kinds else ()
-
-    def _last_roots(self) -> tuple[Tensor, ...]:
-        """The roots of the last refresh: those of an averaged covariance are the running ones."""
-        return self._matrices("last_root") or self._matrices("running_root")
-
-    @property
-    def config(self) -> WhiteningConfig:
-        """All settings, with nothing left to choose; they cannot be changed: buffers and schedule are made for them."""
-        return self.estimator.config
-
-    @property
-    def blocks(self) -> Blocks:
-        """How the patches are cut."""
-        return self.estimator.blocks
-
-    @property
-    def window(self) -> Window:
-        """What the layer looks at."""
-        return self.estimator.window
 
     def reset_statistics(self) -> None:
         """Forget everything: zero mean, variance one, identity roots and covariances, all counters zero."""
-        self.running_mean.zero_()
-        if self.running_var is not None:
-            self.running_var.fill_(1)
-        for kind in self._kinds:
-            for matrix in () if self.running_mean.is_meta else self._matrices(kind):
-                matrix.copy_(torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix))
-        for counter in (self.num_updates, self.num_steps, self.last_update, self.num_skipped):
-            counter.zero_()
-        self.clock.set(0)
-        self._ready, self._skipped = False, 0
+        super().reset_statistics()
         self.tell_mode()
-
-    def reset_parameters(self) -> None:
-        """:meth:`reset_statistics`, by the name that is called after ``to_empty``."""
-        self.reset_statistics()
 
     def forward(self, x: Tensor, *, by_hand: bool = False) -> Statistics | None:
         """What to fold for x ``(N, C, *spatial)``; ``None`` for nothing.
@@ -192,8 +103,9 @@ class Whitening(nn.Module):
             self._check_mode()
         if not self._gathering():
             return self.remembered()
-        if self.sees_few_rows(x):
-            self.num_updates.clamp_(min=1)
+        if self._sees_single_pixels(x):
+            if len(x):
+                self.num_updates.clamp_(min=1)
             return None
         if shared and not self._agreed and not torch.compiler.is_compiling():
             self._read_counters()  # DistributedDataParallel may have brought those of rank 0
@@ -202,7 +114,7 @@ class Whitening(nn.Module):
             return self._running(self._last_roots())
         again = _in_backward()  # activation checkpointing runs the forward a second time
         due = self.clock.was_due if again else self.clock.due
-        if not due or (again and self.config.average == "covariance"):
+        if not due:
             found = self._ordinary(x, again, by_hand)
         elif torch.compiler.is_compiling() and not shared and self._may_be_opaque():
             found = self._opaque_refresh(x)
@@ -215,8 +127,12 @@ class Whitening(nn.Module):
 
     def sees_few_rows(self, x: Tensor) -> bool:
         """Whether every image of x ``(N, C, *spatial)`` is one row for a 1x1 convolution; published layers take it."""
+        return len(x) > 0 and self._sees_single_pixels(x)
+
+    def _sees_single_pixels(self, x: Tensor) -> bool:
+        """:meth:`sees_few_rows`, or would if there were images: no process of several may wait for the others then."""
         pointwise = self.estimator.kind in ("1x1", "grouped", "depthwise") and self.window.taps == 1
-        return pointwise and self.config.debias and x.shape[0] * x.shape[1] == x.numel() > 0
+        return pointwise and self.config.debias and math.prod(x.shape[2:]) == 1
 
     def scales_alone(self) -> bool:
         """Whether a step now has one gradient through the statistics, that of the scale, and in this process only."""
@@ -255,23 +171,12 @@ class Whitening(nn.Module):
             )
         return self._running(self._matrices("running_root"))
 
-    def _check_ready(self) -> bool:
-        if torch.compiler.is_compiling():
-            return False
-        self._ready = bool(self.num_updates > 0)
-        return self._ready
-
-    def _running(self, roots: Sequence[Tensor]) -> Statistics:
-        """The running mean and scale with kept roots."""
-        scale = None if self.running_var is None else self.estimator.scale_of(self.running_var)
-        return Statistics(_kept(self.running_mean), tuple(map(_kept, roots)), scale)
-
-    def _of_batch(self, x: Tensor, by_hand: bool = False) -> _Batch:
+    def _of_batch(self, x: Tensor, by_hand: bool = False) -> Batch:
         """What one batch says; the running values where it has none to say."""
         moments = self.estimator.mean_of(x if self.config.differentiable else x.detach())
         mean = self._joined(moments)
         if self.running_var is None:
-            return self._or_running(_Batch(mean, None, None, all_finite((mean,))))
+            return self._or_running(Batch(mean, None, None, all_finite((mean,))))
         channel_mean, var, count = self.estimator.variance_of(x.detach() if by_hand else x)
         if self._shared():
             about = self.blocks.spread_mean(self.running_mean).reshape(-1, self.blocks.taps).mean(1)
@@ -279,17 +184,20 @@ class Whitening(nn.Module):
         largest = var.detach().amax()
         counts = all_finite((mean, largest)) & (largest > 0)
         slope = self.estimator.slope_of(var, channel_mean, count) if by_hand else None
-        return self._or_running(_Batch(mean, var, slope, counts))
+        return self._or_running(Batch(mean, var, slope, counts))
 
-    def _or_running(self, batch: _Batch) -> _Batch:
+    def _or_running(self, batch: Batch) -> Batch:
         """The batch, or the running values, which are constants, where it does not count."""
         mean, var, slope, counts = batch
         mean = torch.where(counts, mean, self.running_mean.to(mean.dtype))
         if var is not None and self.running_var is not None:
             var = torch.where(counts, var, self.running_var.to(var.dtype))
-        return _Batch(mean, var, None if slope is None else slope._replace(share=slope.share * counts), counts)
+        return Batch(mean, var, None if slope is None else slope._replace(share=slope.share * counts), counts)
 
-    def _statistics(self, batch: _Batch, roots: Sequence[Tensor]) -> Statistics:
+    def _kept_roots(self) -> list[Tensor]:
+        return [kept(root) for root in self._last_roots()]
+
+    def _statistics(self, batch: Batch, roots: Sequence[Tensor]) -> Statistics:
         scale = None if batch.var is None else self.estimator.scale_of(batch.var)
         return Statistics(batch.mean, tuple(roots), scale, batch.slope)
 
@@ -298,7 +206,7 @@ class Whitening(nn.Module):
         batch = self._of_batch(x, by_hand)
         if not again:
             self._remember(batch, due=False)
-        return self._statistics(batch, [_kept(root) for root in self._last_roots()])
+        return self._statistics(batch, self._kept_roots())
 
     def _refresh(self, x: Tensor, again: bool, by_hand: bool) -> Statistics:
         """Mean, scale and root of this batch, or the running ones where they cannot be used."""
@@ -315,6 +223,9 @@ class Whitening(nn.Module):
             (moments,) = joined_moments([moments], self.blocks, about, self.process_group)
         if self.config.sampling == "corner":  # as published, the mean is the sample's
             batch = self._with_mean_of_sample(batch, moments.mean, scale)
+        if again and self.config.average == "covariance":  # it is part of the average already
+            counts = batch.counts & usable(self.estimator, moments)
+            return self._statistics(self._or_running(batch._replace(counts=counts)), self._kept_roots())
         running, averages = self._matrices("running_root"), self._averages()
         roots, new, counts = refreshed(self.estimator, moments, running, averages, self._counters(), batch.counts)
         batch = self._or_running(batch._replace(counts=counts))
@@ -323,7 +234,7 @@ class Whitening(nn.Module):
             self._remember_roots(roots, new, counts)
         return self._statistics(batch, roots)
 
-    def _with_mean_of_sample(self, batch: _Batch, mean: Tensor, scale: Tensor | None) -> _Batch:
+    def _with_mean_of_sample(self, batch: Batch, mean: Tensor, scale: Tensor | None) -> Batch:
         mean = mean if scale is None else mean / self.blocks.of_channels(scale).flatten()
         return batch._replace(mean=mean, counts=batch.counts & all_finite((mean,)))
 
@@ -337,10 +248,6 @@ class Whitening(nn.Module):
         self._remember(batch, due=True)
         self._remember_roots(roots, new, counts)
         return self._statistics(batch, roots)
-
-    def _averages(self) -> tuple[Tensor, ...]:
-        """What is averaged over the refreshes."""
-        return self._matrices("running_cov") or self._matrices("running_root")
 
     def _may_be_opaque(self) -> bool:
         """Whether a compiler need not see into a refresh: no gradient goes through it, no mean comes out of it.
@@ -357,40 +264,6 @@ class Whitening(nn.Module):
             return mean
         return joined_moments([moments], self.blocks, self.running_mean, self.process_group)[0].mean
 
-    def _remember(self, batch: _Batch, due: bool) -> None:
-        """Blend mean and variance into the running ones; where they do not count, they are those already."""
-        mean, var, _, counts = batch
-        counters = self._counters()
-        if due or not self._ready or torch.compiler.is_compiling():
-            steps = counters.num_steps + 1
-            part = update_weight(self.config, mean.dtype, torch.ones_like(steps), steps, steps, counters.num_updates)
-        else:  # nobody has to ask the device
-            part = update_share(self.config, 1, self.clock.steps + 1, self.clock.steps + 1)
-        blend(self.running_mean, mean.detach(), part)
-        if self.running_var is not None and var is not None:
-            blend(self.running_var, var.detach(), part)
-        if torch.compiler.is_compiling() or counts.device.type != "cpu":  # where to look would mean to wait
-            self.num_skipped.add_(~counts)
-            self._ready = True  # looked at again when the mode changes
-        elif counts:
-            self._ready = True
-        else:
-            self.num_skipped.add_(1)
-            self._report_skipped()
-
-    def _remember_roots(self, roots: Sequence[Tensor], averages: Sequence[Tensor], counts: Tensor) -> None:
-        """Keep the averages, and the roots of this step as the last ones, where they count."""
-        for running, average in zip(self._averages(), averages, strict=True):
-            running.copy_(average)
-        if "running_cov" in self._kinds or "last_root" in self._kinds:
-            for last, root in zip(self._last_roots(), roots, strict=True):
-                last.copy_(torch.where(counts, root.detach().to(last.dtype), last))
-        self.last_update.copy_(torch.where(counts, self.num_steps + 1, self.last_update))
-        self.num_updates.add_(counts)
-
-    def _counters(self) -> Counters:
-        return Counters(self.num_steps, self.last_update, self.num_updates)
-
     def train(self, mode: bool = True) -> Whitening:
         """Switch mode, and bring what Python knows of the counters up to date."""
         super().train(mode)
@@ -398,49 +271,11 @@ class Whitening(nn.Module):
         self._read_counters()
         return self
 
-    def _read_counters(self) -> None:
-        if self.num_steps.is_meta:
-            return
-        if self.clock.steps != int(self.num_steps):
-            self.clock.set(int(self.num_steps))
-        self._ready = bool(self.num_updates > 0)
-        self._report_skipped()
-
-    def _report_skipped(self) -> None:
-        skipped = int(self.num_skipped)
-        self._skipped = min(self._skipped, skipped)  # somebody may have reset the counter
-        if skipped and skipped >= 2 * self._skipped:  # at the 1st, 2nd, 4th, ..., as a diverged run skips every step
-            warnings.warn(
-                f"{self.label}: expected finite input that varies, got NaN, infinite or constant values, or a single row, "
-                f"in {skipped - self._skipped} step(s), {skipped} so far. The running statistics were left as they "
-                "were; look for the batch, a too large learning rate, or an overflow in half precision.",
-                NonFiniteWarning,
-                stacklevel=2,
-            )
-            self._skipped = skipped
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # A layer that refreshed at every step has saved no last root: the running one is the nearest to it.
-        for last, running in zip(self._names("last_root"), self._names("running_root"), strict=True):
-            if "last_root" not in self._kinds:
-                state_dict.pop(prefix + last, None)
-            elif prefix + last not in state_dict and prefix + running in state_dict:
-                state_dict[prefix + last] = state_dict[prefix + running]
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._agreed = False
-        self._skipped = 0 if self.num_skipped.is_meta else int(self.num_skipped)
-        self._read_counters()
-
     def extra_repr(self) -> str:
         default = WhiteningConfig().resolved(str(self.estimator.kind), self.blocks.channels // self.blocks.groups)
         changed = [f"{name}={value!r}" for name, value in vars(self.config).items() if value != getattr(default, name)]
         kernel = "x".join(map(str, self.window.kernel_size)) or "linear"
         return ", ".join([f"{self.blocks.channels}", kernel, *changed])
-
-
-def _kept(value: Tensor) -> Tensor:
-    """A buffer to compute with: a copy where a gradient is recorded, as the next step changes the buffer in place."""
-    return value.clone() if torch.is_grad_enabled() else value
 
 
 def _in_backward() -> bool:
