@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from netdeconv.nn import Whitening
+
 
 class ConvNormAct(nn.Module):
     """The usual order, with an activation in place."""
@@ -159,9 +161,10 @@ def randomise_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def batch_norms(model: nn.Module) -> list[str]:
-    """Paths of everything that calls itself a batch norm, or has a running variance."""
+    """Paths of everything that calls itself a batch norm, or has a running variance and is no whitening."""
     return [
         path
         for path, module in model.named_modules()
-        if "batchnorm" in type(module).__name__.lower() or hasattr(module, "running_var")
+        if "batchnorm" in type(module).__name__.lower()
+        or (hasattr(module, "running_var") and not isinstance(module, Whitening))
     ]

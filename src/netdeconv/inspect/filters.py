@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from netdeconv.config import WhiteningConfig
+from netdeconv.config import KINDS, WhiteningConfig
 from netdeconv.errors import ShapeError
 from netdeconv.functional import inverse_sqrt
 from netdeconv.inspect.whiteness import Pair, patch_covariance
@@ -21,7 +21,7 @@ def whitening_filters(
     *,
     stride: Pair = 1,
     solver: str = WhiteningConfig.solver,
-    num_iters: int = WhiteningConfig.num_iters,
+    num_iters: int | None = None,
     eps: float = WhiteningConfig.eps,
 ) -> Tensor:
     """Filters that whiten the patches of images: the rows of ``root = (cov + eps I)^(-1/2)``.
@@ -35,7 +35,8 @@ def whitening_filters(
         kernel_size: height and width of a patch.
         stride: distance of the patches looked at; 1 looks at all of them.
         solver: ``"eigh"`` for the converged root, ``"newton_schulz"`` for the root as the layers compute it.
-        num_iters: Newton-Schulz steps; the solver ``"eigh"`` is exact and does not look at it.
+        num_iters: Newton-Schulz steps, ``None`` for those of a convolution by default; the solver ``"eigh"`` is exact
+            and does not look at it.
         eps: added to the covariance's diagonal, in squared units of the images' values.
 
     Returns:
@@ -55,7 +56,7 @@ def root_filters(
     kernel_size: Pair,
     *,
     solver: str = WhiteningConfig.solver,
-    num_iters: int = WhiteningConfig.num_iters,
+    num_iters: int | None = None,
     eps: float = WhiteningConfig.eps,
 ) -> Tensor:
     """:func:`whitening_filters` of a covariance, for several roots of the same one.
@@ -63,6 +64,7 @@ def root_filters(
     Shapes: ``(C*K, C*K)`` from :func:`patch_covariance` -> ``(C*K, C, kh, kw)``.
     """
     cov = cov + eps * torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
+    num_iters = KINDS["dense"]["num_iters"] if num_iters is None else num_iters
     root = inverse_sqrt(cov, num_iters=num_iters, solver=solver)
     height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
     return root.reshape(len(cov), -1, height, width)

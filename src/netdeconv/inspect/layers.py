@@ -186,13 +186,13 @@ def _scale(maps: Tensor, whitening: Whitening) -> Tensor:
 def _whitened(grouped: Tensor, whitening: Whitening) -> Tensor:
     """``(x - mean) D``, block by block. Shapes: ``(rows, groups, features of a group)`` -> the same."""
     blocks = whitening.blocks
-    mean, roots, scale = whitening.remembered()
-    grouped = grouped - blocks.spread_mean(mean.double())
-    if scale is not None:
-        grouped = grouped * blocks.of_channels(scale.double())
+    found = whitening.remembered()
+    grouped = grouped - blocks.spread_mean(found.mean.double())
+    if found.scale is not None:
+        grouped = grouped * blocks.of_channels(found.scale.double())
     parts = [
         torch.einsum("rgbn,gnm->rgbm", part, _stacked(root.double()).expand(blocks.groups, -1, -1))
-        for part, root in zip(blocks.split(grouped), roots, strict=True)
+        for part, root in zip(blocks.split(grouped), found.roots, strict=True)
     ]
     return blocks.join(parts)
 

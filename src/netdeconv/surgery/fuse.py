@@ -124,9 +124,9 @@ def check_fused(
 
 def _channel_twin(layer: ChannelWhitening) -> ChannelLinear:
     whitening = layer.whitening
-    mean, roots, scale = whitening.remembered()
-    eye = torch.eye(layer.num_channels, dtype=mean.dtype, device=mean.device)
-    weight, bias = fold(eye, None, mean, roots, whitening.blocks, scale)
+    found = whitening.remembered()
+    eye = torch.eye(layer.num_channels, dtype=found.mean.dtype, device=found.mean.device)
+    weight, bias = fold(eye, None, found.mean, found.roots, whitening.blocks, found.scale)
     linear = nn.Linear(layer.num_channels, layer.num_channels, device="meta")
     linear.weight, linear.bias = (nn.Parameter(value.clone(), requires_grad=False) for value in (weight, bias))
     return ChannelLinear(linear)

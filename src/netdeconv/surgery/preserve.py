@@ -145,13 +145,13 @@ def unfold(weight: Tensor, bias: Tensor, whitening: Any) -> tuple[Tensor, Tensor
     The inverse of :func:`netdeconv.functional.fold`: ``w = D^-1 S^-1 w'``, ``b = b' + mean w'``.
     """
     blocks: Blocks = whitening.blocks
-    mean, roots, scale = whitening.remembered()
+    found = whitening.remembered()
     grouped = weight.double().reshape(blocks.groups, -1, blocks.group_features)
-    shift = torch.einsum("goi,gi->go", grouped, blocks.spread_mean(mean.double())).flatten()
-    if scale is not None:
-        grouped = grouped / blocks.of_channels(scale.double()).unsqueeze(1)
+    shift = torch.einsum("goi,gi->go", grouped, blocks.spread_mean(found.mean.double())).flatten()
+    if found.scale is not None:
+        grouped = grouped / blocks.of_channels(found.scale.double()).unsqueeze(1)
     parts = []
-    for part, root in zip(blocks.split(grouped), roots, strict=True):
+    for part, root in zip(blocks.split(grouped), found.roots, strict=True):
         groups, out, count, size = part.shape
         flat = part.reshape(groups, out * count, size)
         solved = torch.linalg.solve(root.double().expand(groups, size, size), flat, left=False)

@@ -63,9 +63,7 @@ class _Sums:
     def moments(self) -> tuple[Tensor, list[Tensor]]:
         """Of all that came in."""
         away = self._away / self.total
-        covs = [
-            square / self.total - mine for square, mine in zip(self._squares, self._outer(away), strict=False)
-        ]
+        covs = [square / self.total - mine for square, mine in zip(self._squares, self._outer(away), strict=False)]
         return self._about + away, covs
 
     def _outer(self, away: Tensor) -> list[Tensor]:
