@@ -33,6 +33,15 @@ class Kind:
     make: Callable[..., nn.Module]
     size: tuple[int, ...]
 
+    @property
+    def channel_dim(self) -> int:
+        """Which dimension of a sample holds the channels."""
+        return len(self.size) - 1 if self.name == "linear" else 0
+
+    @property
+    def channels(self) -> int:
+        return self.size[self.channel_dim]
+
     def layer(self, config: WhiteningConfig | None = None, **options: Any) -> Any:
         torch.manual_seed(0)
         return self.make(whitening=config, **options)
@@ -58,6 +67,7 @@ def kind(name: str, layer: Callable[..., nn.Module], size: tuple[int, ...], *arg
 KINDS = [
     kind("conv1d", WhitenedConv1d, (4, 9), 4, 6, 3, stride=2, padding=1),
     kind("conv2d", WhitenedConv2d, (4, 6, 5), 4, 6, 3, padding="same"),
+    kind("pointwise", WhitenedConv2d, (4, 5, 6), 4, 6, 1, stride=(2, 1)),
     kind("grouped", WhitenedConv2d, (4, 5, 6), 4, 6, (2, 3), groups=2, bias=False),
     kind("depthwise", WhitenedConv2d, (4, 5, 6), 4, 4, 3, groups=4, padding=1, padding_mode="reflect"),
     kind("conv3d", WhitenedConv3d, (3, 3, 4, 4), 3, 4, (1, 3, 3), padding=(0, 1, 1)),

@@ -1,27 +1,4 @@
-"""Network deconvolution as the paper states it: slow, plain, float64, in the paper's symbols.
-
-The fast code is tested against this file, and this file can be read instead of it. It uses none of it.
-
-Symbols (Ye et al., ICLR 2020, arXiv 1905.11926; section 3 and algorithm 1):
-
-========  =================================================================================================
-``X``     patches, one per row: (rows, C*K), K the number of taps; feature ``i = channel * K + tap``
-``mu``    mean of the rows of X
-``Cov``   ``(X - mu)^T (X - mu) / rows``; ``eps`` is added on its diagonal
-``D``     ``(Cov + eps I)^(-1/2)``, or what a few Newton-Schulz steps make of it
-``w, b``  weight and bias: ``y = (X - mu) D w + b``
-========  =================================================================================================
-
-The C*K features are first split into blocks that share D. How, is the ``grouping``:
-
-* ``"interleaved"``, the published one: block size B = gcd(B, C) if B does not divide C; feature i belongs to
-  block ``i mod (C/B)``; mean and covariance are pooled over the blocks. With groups: one block per group.
-* ``"contiguous"``: neighbouring channels; every feature is centred by its own mean, the covariance pooled
-  over the full blocks. If B does not divide the channels (of a group), the last block is smaller and has a D
-  of its own.
-
-Every function of tensors computes in float64, whatever it is given, and is differentiable by autograd.
-"""
+"""The paper's procedure, and its authors' layers on given parameters."""
 
 from __future__ import annotations
 
@@ -240,10 +217,12 @@ def whiten_patches(
     grouping: str,
     groups: int = 1,
     D_rest: Tensor | None = None,
+    S: Tensor | None = None,
 ) -> Tensor:
-    """``(X - mu) D``, block by block, of X (..., C*K); mu, D, D_rest are shaped like the moments."""
+    """``(X - mu) S D``, block by block, of X (..., C*K); mu, D, D_rest are shaped like the moments, S (C,) or none."""
     X, mu = X.double(), mu.double()
     taps = X.shape[-1] // channels
+    scales = X.new_ones(X.shape[-1]) if S is None else S.double().repeat_interleave(taps)
     pooled_mean = grouping == "interleaved" and groups == 1
     roots = D.double().reshape(groups, D.shape[-1], D.shape[-1])
     dealt = deal(channels, taps, block_size=D.shape[-1] // taps, groups=groups, grouping=grouping)
@@ -257,7 +236,7 @@ def whiten_patches(
                 root = D_rest.double().reshape(groups, len(block), len(block))[group]
             features = torch.tensor(block, device=X.device)
             centred = X[..., block] - (mu if pooled_mean else mu[block])
-            whitened = whitened.index_copy(-1, features, centred @ root)
+            whitened = whitened.index_copy(-1, features, (centred * scales[block]) @ root)
     return whitened
 
 
@@ -270,21 +249,23 @@ def deconvolve(
     *,
     grouping: str,
     D_rest: Tensor | None = None,
+    S: Tensor | None = None,
     stride: Ints = 1,
     padding: Padding = 0,
     dilation: Ints = 1,
     groups: int = 1,
     padding_mode: str = "zeros",
 ) -> Tensor:
-    """``y = (X - mu) D w + b`` for each patch of x (batch, C, *size), whitening the patches themselves.
+    """``y = (X - mu) S D w + b`` for each patch of x (batch, C, *size), whitening the patches themselves.
 
     ``weight`` (out, C/groups, *kernel_size), ``bias`` (out,) or None; returns (batch, out, *out_size). D tells
-    the block size. Nothing is folded. Padding belongs to the patch: it is centred and whitened like pixels.
+    the block size; without S it is the identity. Nothing is folded. Padding belongs to the patch: it is centred,
+    scaled and whitened like pixels.
     """
     kernel_size = tuple(weight.shape[2:])
     window: dict[str, Any] = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}
     X = im2col(x, padding=padding, padding_mode=padding_mode, **window)
-    X = whiten_patches(X, mu, D, channels=x.shape[1], grouping=grouping, groups=groups, D_rest=D_rest)
+    X = whiten_patches(X, mu, D, channels=x.shape[1], grouping=grouping, groups=groups, D_rest=D_rest, S=S)
     w = weight.double().reshape(groups, weight.shape[0] // groups, -1)
     y = torch.cat([part @ w[g].T for g, part in enumerate(X.chunk(groups, dim=-1))], dim=-1)
     if bias is not None:
