@@ -378,6 +378,124 @@ def test_published_conv_works_in_every_number_of_dimensions() -> None:
     close(outputs[2], outputs[0])
 
 
+# ---- the default layers --------------------------------------------------------------------------
+
+SETTINGS: dict[str, Any] = {
+    "block_size": 2, "eps": 1e-5, "num_iters": 3, "momentum": 0.1, "scale": True, "update_every": 16,
+    "differentiable": False, "average": "covariance",
+}  # fmt: skip
+
+
+def test_refreshes_by_hand() -> None:
+    steps = [step for step in range(200) if ref.refreshes(step, 16)]
+    assert steps == [*range(16), *range(16, 32, 2), *range(32, 64, 4), *range(64, 128, 8), *range(128, 200, 16)]
+    assert all(ref.refreshes(step, 1) for step in range(100))
+    assert [step for step in range(16, 45) if ref.refreshes(step, 3)] == [
+        16,
+        18,
+        20,
+        22,
+        24,
+        26,
+        28,
+        30,
+        33,
+        36,
+        39,
+        42,
+    ]
+
+
+def test_scale_by_hand() -> None:
+    # Channels (0, 4), (1, 3) and (5, 5): deviations 2, 1 and 0, where eps is the variance.
+    x = tensor([[0, 4], [1, 3], [5, 5]])
+    close(ref.scale_of(x, 0.25), tensor(0.5, 1, 2))
+    close(ref.scale_of(tensor([0, 1, 5], [4, 3, 5]), 0.25), tensor(0.5, 1, 2))  # as two images without a map
+
+
+def test_weighted_averages_by_hand() -> None:
+    values = [tensor(8.0), tensor(4.0)]
+    close(ref.weighted_average(values, [1, 1], 0.5), tensor((0.25 * 8 + 0.5 * 4) / 0.75))
+    close(ref.weighted_average(values, [1, 2], 0.5), tensor((0.125 * 8 + 0.75 * 4) / 0.875))
+    close(ref.weighted_average(values, [1, 3], None), tensor((8 + 3 * 4) / 4))
+    close(ref.weighted_average(values, [1, 1], 1.0), values[1])
+
+
+def test_roots_are_averaged_with_their_gains_as_variances_by_hand() -> None:
+    # Gains 1 and 1/2 of the first feature are variances 1 and 4, on average 2.5; the second has 1 throughout.
+    # Off the diagonal, over the root of both gains, 0.5 and 0 are 0.25 on average.
+    roots = [tensor([1, 0.5], [0.5, 1]), tensor([0.5, 0], [0, 1])]
+    gain = 2.5**-0.5
+    expected = tensor([gain, 0.25 * gain**0.5], [0.25 * gain**0.5, 1])
+    close(ref.average_of_roots(roots, [1, 1], None), expected)
+
+
+def test_a_patch_is_scaled_before_it_is_whitened_by_hand() -> None:
+    X, mu, D = tensor(2, 3, 5, 9).reshape(1, 4), tensor(0, 1, 1, 1), tensor([1, 10], [100, 1000])
+    # Two channels of two taps: (2, 2, 4, 8), scaled by 1/2 and 1/4: (1, 1, 1, 2).
+    white = ref.whiten_patches(X, mu, D, channels=4, grouping="contiguous", S=tensor(0.5, 0.5, 0.25, 0.25))
+    close(white, tensor([101, 1010, 201, 2010]))
+    wide = torch.block_diag(D, D)
+    close(ref.whiten_patches(X, mu, wide, channels=2, grouping="contiguous", S=tensor(0.5, 0.25)), white)
+
+
+def test_default_conv_by_hand() -> None:
+    # One channel, one tap, eps 3. First 0 and 4: mean 2, variance 4, S 1/2, Cov 1, plus eps is 4, D 1/2.
+    settings = {**SETTINGS, "eps": 3.0, "momentum": 0.5, "sampling_stride": 3}
+    layer = ref.DefaultConv(tensor(2).reshape(1, 1, 1), tensor(7.0), **settings)
+    x = tensor(0, 4).reshape(1, 1, 2)
+    close(layer(x, training=False), 2 * x + 7)  # nothing seen yet
+    close(layer(x, training=True), tensor(6, 8).reshape(1, 1, 2))
+    close(layer(x, training=False), tensor(6, 8).reshape(1, 1, 2))
+    # Then 1 and 3: variance 1, below eps, so S is 3**-0.5 and Cov 1/3. Weights of the two are 1/3 and 2/3:
+    # R = 5/9, plus eps 32/9.
+    x = tensor(1, 3).reshape(1, 1, 2)
+    D = (32 / 9) ** -0.5
+    close(layer(x, training=True), (x - 2) * 3**-0.5 * D * 2 + 7)
+    # Running variance (4 + 2 * 1) / 3 = 2, which is below eps as well.
+    close(layer(x, training=False), (x - 2) * 3**-0.5 * D * 2 + 7)
+
+
+def test_default_conv_of_single_pixels_is_plain() -> None:
+    weight, bias, x = randn(3, 4, 1, 1, seed=1), randn(3, seed=2), randn(6, 4, 1, 1)
+    layer = ref.DefaultConv(weight, bias, sampling_stride=3, **SETTINGS)
+    for training in (True, False):
+        close(layer(x, training=training), F.conv2d(x, weight, bias))
+    assert not torch.allclose(layer(randn(6, 4, 2, 1), training=True), F.conv2d(randn(6, 4, 2, 1), weight, bias))
+
+
+def test_default_linear_and_channels_are_the_convolution_of_single_pixels() -> None:
+    x, weight, bias = randn(9, 4) + 1, randn(3, 4, seed=1), randn(3, seed=2)
+    conv = ref.DefaultConv(weight.unsqueeze(-1), bias, sampling_stride=3, **SETTINGS)
+    linear, channels = ref.DefaultLinear(weight, bias, **SETTINGS), ref.DefaultChannels(4, **SETTINGS)
+    for step in range(3):
+        rows = x * (step + 1)
+        expected = conv(rows.T.unsqueeze(0), training=True).squeeze(0).T  # as one image of nine pixels
+        close(linear(rows, training=True), expected)
+        close(channels(rows.unsqueeze(-1), training=True).squeeze(-1) @ weight.T + bias, expected)
+    close(linear(x.reshape(3, 3, 4), training=False).reshape(9, 3), conv(x.T.unsqueeze(0), training=False)[0].T)
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_default_gradients_by_the_definition(differentiable: bool) -> None:
+    """What is a constant of the gradient is held by hand, and finite differences are taken of the rest."""
+    settings = {**SETTINGS, "differentiable": differentiable, "average": "root"}
+    weight, bias, x = randn(2, 4, 2, seed=1), randn(2, seed=2), randn(3, 4, 5).requires_grad_()
+    first = ref.DefaultConv(weight, bias, sampling_stride=2, **settings)
+    first(x, training=True)
+    mu, D = first.statistics.mus[0], first.statistics.last_D
+
+    def run(x: Tensor) -> Tensor:
+        if differentiable:
+            return ref.DefaultConv(weight, bias, sampling_stride=2, **settings)(x, training=True)
+        return ref.deconvolve(x, weight, bias, mu, D[0], S=ref.scale_of(x, 1e-5), grouping="contiguous")
+
+    assert torch.autograd.gradcheck(run, x)
+    layer = ref.DefaultConv(weight, bias, sampling_stride=2, **settings)
+    (grad,) = torch.autograd.grad(layer(x, training=True).square().sum(), x)
+    close(grad, torch.autograd.grad(run(x).square().sum(), x)[0])
+
+
 # ---- the authors' numbers ------------------------------------------------------------------------
 
 
