@@ -118,9 +118,11 @@ def test_a_layer_refreshes_on_the_due_steps(update_every: int) -> None:
     assert int(layer.whitening.num_steps) == 150
 
 
+@pytest.mark.parametrize("average", ["covariance", "root"])
 @pytest.mark.parametrize("stop", [1, 17, 45, 131])
-def test_a_resumed_layer_refreshes_on_the_same_steps_with_the_same_values(stop: int) -> None:
-    config = WhiteningConfig(max_samples=4)  # so that the turn matters as well
+def test_a_resumed_layer_refreshes_on_the_same_steps_with_the_same_values(stop: int, average: str) -> None:
+    # so few samples that the turn matters as well
+    config = WhiteningConfig(max_samples=4, update_every=16, average=average, scale=average == "covariance")
     whole = WhitenedLinear(3, 2, whitening=config)
     refreshes(whole, 0, stop)
     resumed = WhitenedLinear(3, 2, whitening=config)

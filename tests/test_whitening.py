@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import types
 import warnings
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from netdeconv import (
     ChannelWhitening,
@@ -164,6 +166,76 @@ def test_a_root_that_rounding_has_spoiled_does_not_spoil_the_average_for_good() 
     assert float(whitening.running_root[1, 1]) == pytest.approx(1, rel=0.1)
 
 
+def test_the_first_refreshes_of_an_averaged_covariance_by_hand() -> None:
+    whitening = one_feature(AVERAGED)
+    close(used(whitening, number(10, 2)), (10, 1 / 2))
+    average_of_two = (9 * 2**2 + 10 * 4**2) / 19  # weights 0.9 * 0.1 and 0.1
+    close(used(whitening, number(20, 4)), (20, average_of_two**-0.5))  # the average serves training, too
+    close(whitening.running_cov, [[average_of_two]])
+    close(remembered(whitening), ((9 * 10 + 10 * 20) / 19, average_of_two**-0.5))
+    whitening = one_feature(AVERAGED.replace(momentum=None))
+    for deviation in (1, 3, 8):
+        whitening(number(5, deviation))
+    close(whitening.running_cov, [[(1 + 9 + 64) / 3]])
+
+
+@pytest.mark.parametrize("update_every", [1, 4, 16])
+@pytest.mark.parametrize("momentum", [0.1, 0.5, 1, None])
+@pytest.mark.parametrize("debias", [True, False])
+def test_an_averaged_covariance_lives_in_refreshes_and_the_variance_in_steps(
+    update_every: int, momentum: float | None, debias: bool
+) -> None:
+    changes: dict[str, Any] = {"update_every": update_every, "momentum": momentum, "debias": debias}
+    whitening, scaled = one_feature(AVERAGED.replace(**changes)), one_feature(SCALED.replace(**changes))
+    means, variances, refreshes = [], [], []
+    for mean, deviation in batches(75):
+        due = whitening.clock.due
+        found = [each(number(mean, deviation)) for each in (whitening, scaled)]
+        means.append(mean)
+        variances.append(deviation**2)
+        refreshes += [deviation**2] if due else []
+        cov = average(refreshes, [1] * len(refreshes), momentum, debias, 1)
+        close(whitening.running_cov, [[cov]])
+        close(remembered(whitening), (average(means, [1] * len(means), momentum, debias, 0), cov**-0.5))
+        close(float(found[0].roots[0]), cov**-0.5)
+        close(scaled.running_var, [average(variances, [1] * len(variances), momentum, debias, 1)])
+        close((float(found[1].scale), float(found[1].roots[0])), (1 / deviation, 1))  # its correlation is always one
+    assert (len(refreshes) < 75) == (update_every > 1)
+
+
+def test_the_running_variance_by_hand() -> None:
+    whitening = one_feature(SCALED)
+    close(float(whitening(number(10, 2)).scale), 1 / 2)
+    close(float(whitening(number(20, 4)).scale), 1 / 4)
+    variance = (9 * 2**2 + 10 * 4**2) / 19  # 10.31578...
+    close(whitening.running_var, [variance])
+    found = whitening.eval()(number(-1e6, 1e6))
+    close((float(found.mean), float(found.scale), float(found.roots[0])), ((9 * 10 + 10 * 20) / 19, variance**-0.5, 1))
+
+
+def test_eps_is_the_smallest_variance_that_a_channel_is_divided_by() -> None:
+    whitening = Whitening(3, POINT, config=WhiteningConfig(eps=0.25), dtype=torch.float64)
+    deviations = torch.tensor([4.0, 0.3, 0.0], dtype=torch.float64)
+    x = torch.tensor([-1.0, 1.0])[:, None, None] * deviations[:, None]
+    close(whitening(x.expand(2, 3, 2)).scale, [1 / 4, 2, 2])
+    close(whitening.running_var, [16, 0.09, 0])
+
+
+def test_training_and_evaluation_share_the_root_of_an_averaged_covariance() -> None:
+    whitening = Whitening(5, POINT, config=WhiteningConfig(block_size=2), dtype=torch.float64)
+    assert "last_root" not in whitening.state_dict()
+    for step in range(20):  # the last one without a refresh
+        x = torch.randn(4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(step)) * (1 + step)
+        trained = whitening(x).roots
+        for root, cov in zip(trained, whitening._matrices("running_cov"), strict=True):
+            close(root, inverse_sqrt(cov + 1e-5 * torch.eye(len(cov), dtype=torch.float64), num_iters=1))
+        evaluated = whitening.eval()(x).roots
+        whitening.train()
+        for root, buffer, other in zip(trained, whitening._matrices("running_root"), evaluated, strict=True):
+            assert torch.equal(root, buffer)
+            assert torch.equal(root, other)
+
+
 @pytest.mark.parametrize(("debias", "first"), [(True, (10, 0.5)), (False, (0, 1))])
 def test_momentum_zero_keeps_the_start(debias: bool, first: tuple[float, float]) -> None:
     whitening = one_feature(PLAIN.replace(momentum=0, debias=debias))
@@ -231,6 +303,63 @@ def test_eps_is_added_to_the_diagonal_of_every_part() -> None:
     close(whitening.running_root_rest, [[2.0]], rtol=1e-6, atol=1e-6)
 
 
+# ---- the scale --------------------------------------------------------------------------------------
+
+# What sees the same mean at every tap, all of the batch: a 1x1 kernel, and a window that goes round the map.
+SCALED_LAYERS: dict[str, tuple[int, dict[str, Any]]] = {
+    "1x1": (1, {}),
+    "3x3": (3, {"padding": 1, "padding_mode": "circular"}),
+    "grouped": (3, {"padding": 1, "padding_mode": "circular", "groups": 2}),
+}
+
+
+def scaled_layer(name: str, **changes: Any) -> WhitenedConv2d:
+    torch.manual_seed(0)
+    kernel, options = SCALED_LAYERS[name]
+    config = WhiteningConfig(eps=0.01, **changes)
+    return WhitenedConv2d(4, 6, kernel, **options, dtype=torch.float64, whitening=config)
+
+
+def centred(seed: int) -> Tensor:
+    """Maps whose channels have mean zero and other deviations, neighbours correlated."""
+    x = torch.randn(5, 4, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x = (x + x.roll(1, -1)) * torch.tensor([1.0, 2.0, 5.0, 10.0], dtype=torch.float64)[:, None, None]
+    return x - x.mean((0, 2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("steps", [0, 3, 17], ids=["first", "refresh", "ordinary"])
+@pytest.mark.parametrize("differentiable", [False, True])
+@pytest.mark.parametrize("name", SCALED_LAYERS)
+def test_the_loss_does_not_change_with_the_scale_of_the_input(name: str, differentiable: bool, steps: int) -> None:
+    layers = [scaled_layer(name, differentiable=differentiable, update_every=16) for _ in range(2)]
+    for step in range(steps):
+        for layer in layers:
+            layer(centred(step) * (1 + step))
+    assert layers[0].whitening.clock.due == (steps != 17)
+    x = centred(99).requires_grad_()
+    larger = x.detach() * torch.tensor([3.0, 7.0, 1e3, 1.0], dtype=torch.float64)[:, None, None]
+    y, same = layers[0](x), layers[1](larger)
+    torch.testing.assert_close(same, y, rtol=1e-9, atol=1e-9)
+    loss = (y * torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).sum() ** 2
+    (slope,) = torch.autograd.grad(loss, x)
+    by_log_scale = (slope * x).sum((0, 2, 3))  # of every channel
+    size = (slope.square().sum((0, 2, 3)) * x.square().sum((0, 2, 3))).sqrt()
+    assert float(size.detach().min()) > 0.1
+    torch.testing.assert_close(by_log_scale / size, torch.zeros_like(size), rtol=0, atol=1e-9)
+
+
+def test_below_eps_and_without_scale_the_loss_does_change() -> None:
+    for change, factor in (({}, 1e-3), ({"scale": False}, 1.0)):
+        layer = scaled_layer("1x1", **change)
+        for step in range(17):
+            layer(centred(step))
+        x = (centred(99) * factor).requires_grad_()
+        y = layer(x)
+        (slope,) = torch.autograd.grad(y.square().sum(), x)
+        expected = 2 * (y * (y - layer.bias[:, None, None])).sum()  # y - b is linear in x
+        close((slope * x).sum(), expected.detach(), rtol=1e-9, atol=1e-9)
+
+
 # ---- buffers ----------------------------------------------------------------------------------------
 
 
@@ -268,6 +397,56 @@ def test_buffers_start_at_zero_one_and_identity(
     for name in ("num_updates", "num_steps", "last_update", "num_skipped"):
         assert state[name].dtype == torch.int64
         assert state[name] == 0
+
+
+STATES = {
+    "dense": WhiteningConfig(block_size=2),
+    "averaged_roots": WhiteningConfig(block_size=2, average="root", scale=False),
+    "scaled_roots": WhiteningConfig(block_size=2, average="root"),
+    "plain_covariance": WhiteningConfig(block_size=2, scale=False),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_is_saved_and_loaded_and_goes_on_as_before(name: str) -> None:
+    def layer() -> WhitenedConv2d:
+        torch.manual_seed(0)
+        return WhitenedConv2d(5, 3, 3, padding=1, whitening=STATES[name])
+
+    whole, resumed = layer(), layer()
+    xs = [torch.randn(3, 5, 6, 6, generator=torch.Generator().manual_seed(step)) * 3 for step in range(40)]
+    for x in xs[:21]:
+        whole(x)
+    resumed.load_state_dict(whole.state_dict())
+    assert torch.equal(resumed.eval()(xs[0]), whole.eval()(xs[0]))
+    for each in (whole.train(), resumed.train()):
+        for x in xs[21:]:
+            each(x)
+    for key, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("theirs", STATES)
+@pytest.mark.parametrize("ours", STATES)
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_of_other_settings_is_refused_in_words(ours: str, theirs: str, strict: bool) -> None:
+    layer, other = (nn.Sequential(WhitenedConv2d(5, 3, 3, whitening=STATES[name])) for name in (ours, theirs))
+    other(torch.randn(3, 5, 6, 6))
+    before = {key: value.clone() for key, value in layer[0].whitening.state_dict().items()}
+    if ours == theirs:
+        layer.load_state_dict(other.state_dict(), strict=strict)
+        return
+    words = [f"scale={(c := x[0].whitening.config).scale}, average='{c.average}'" for x in (layer, other)]
+    match = re.escape(
+        f"WhitenedConv2d(5, 3, kernel_size=3): expected statistics of {words[0]} in 0.whitening.*, got those of "
+        f"{words[1]}. Build the layer with WhiteningConfig({words[1]}), or load the weights without them and run "
+        "netdeconv.calibrate(model, data)."
+    )
+    with pytest.raises(RuntimeError, match=match) as caught:
+        layer.load_state_dict(other.state_dict(), strict=strict)
+    assert "Missing key" not in str(caught.value) and "Unexpected key" not in str(caught.value)
+    for key, value in before.items():
+        assert torch.equal(layer[0].whitening.state_dict()[key], value)
 
 
 @pytest.mark.parametrize("config", [WhiteningConfig(update_every=16), SCALED], ids=["root", "covariance"])
@@ -438,18 +617,117 @@ def test_numbers_of_numpy_are_numbers() -> None:
         assert Estimator.deserialize(layer.whitening.estimator.serialized) == layer.whitening.estimator
 
 
+CONSTANT = {
+    "constant": torch.full((4, 2, 3), 5.0, dtype=torch.float64),
+    "constants": torch.tensor([5.0, -3.0], dtype=torch.float64)[:, None].expand(4, 2, 3),
+    "nan": torch.full((4, 2, 3), torch.nan, dtype=torch.float64),
+    "single_row": torch.tensor([[[5.0], [-3.0]]], dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize(
+    ("steps", "scale", "bad"),
+    [
+        *((1, scale, bad) for scale in (False, True) for bad in CONSTANT),
+        *((17, True, bad) for bad in CONSTANT),
+        (17, False, "nan"),  # without scale, an ordinary step takes the mean only, which constants have
+    ],
+)
+@pytest.mark.parametrize("average", ["root", "covariance"])
+def test_a_batch_without_statistics_changes_nothing(steps: int, scale: bool, bad: str, average: str) -> None:
+    config = WhiteningConfig(average=average, scale=scale, update_every=16)
+    whitening = Whitening(2, POINT, config=config, kind="channels", dtype=torch.float64)
+    for step in range(steps):
+        whitening(torch.randn(4, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(step)))
+    before = {name: value.clone() for name, value in whitening.state_dict().items()}
+    with pytest.warns(NonFiniteWarning, match=r"constant values, or a single row, in 1 step\(s\), 1 so far"):
+        found = whitening(CONSTANT[bad])
+    changed = {"num_steps", "num_skipped"}
+    for name, value in whitening.state_dict().items():
+        if name in changed:
+            assert int(value) == int(before[name]) + 1
+        else:
+            torch.testing.assert_close(value, before[name], rtol=1e-15, atol=1e-15, msg=name)
+    close(found.mean, before["running_mean"])
+    if scale:
+        close(found.scale, before["running_var"].rsqrt())
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(4, 1), (4, 2), (4, 4)])
+def test_one_row_per_image_leaves_the_plain_layer(channels: int, groups: int) -> None:
+    layer = WhitenedConv2d(channels, 4, 1, groups=groups)
+    x = torch.randn(5, channels, 1, 1)
+    start = {name: value.clone() for name, value in layer.whitening.state_dict().items()}
+    plain = nn.functional.conv2d(x, layer.weight, layer.bias, groups=groups)
+    assert layer.whitening(x) is None
+    torch.testing.assert_close(layer(x), plain)
+    torch.testing.assert_close(layer.eval()(x), plain)
+    for name, value in layer.whitening.state_dict().items():
+        assert torch.equal(value, start[name] if name != "num_updates" else torch.tensor(1)), name
+    published = WhitenedConv2d(channels, 4, 1, groups=groups, whitening=WhiteningConfig.paper())
+    assert published.whitening(x) is not None
+    assert WhitenedConv2d(4, 4, 3, padding=1).whitening(x) is not None  # several taps see more than one row
+
+
+def test_an_empty_batch_of_single_pixels_is_no_step_either() -> None:
+    layer = WhitenedConv2d(4, 4, 1)
+    layer(torch.randn(0, 4, 1, 1))
+    with pytest.raises(StatisticsError, match="got none so far"):
+        layer.eval()(torch.randn(2, 4, 1, 1))
+
+
+# ---- activation checkpointing -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [5, 17], ids=["refresh", "ordinary"])
+@pytest.mark.parametrize("sampling", ["tiles", "spread", "corner"])
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_recomputed_step_is_the_step_with_an_averaged_covariance(steps: int, sampling: str, bad: bool) -> None:
+    def layer() -> WhitenedConv2d:
+        torch.manual_seed(0)
+        config = WhiteningConfig(block_size=2, sampling=sampling, max_samples=None if sampling == "corner" else 30)
+        return WhitenedConv2d(5, 3, 3, padding=1, whitening=config)
+
+    plain, saved = layer(), layer()
+    for step in range(steps):
+        x = torch.randn(3, 5, 6, 6, generator=torch.Generator().manual_seed(step)) * (1 + step)
+        plain(x), saved(x)
+    assert plain.whitening.clock.due == (steps == 5)
+    x = torch.randn(3, 5, 6, 6, generator=torch.Generator().manual_seed(99))
+    xs = [(x * 0 + 2 if bad else x).clone().requires_grad_() for _ in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if bad else "error", NonFiniteWarning)
+        ys = plain(xs[0]), checkpoint(saved, xs[1], use_reentrant=False)
+        for y in ys:
+            y.square().sum().backward()
+    assert torch.equal(*ys)
+    assert torch.equal(*(x.grad for x in xs))
+    assert torch.equal(plain.weight.grad, saved.weight.grad)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], value), name
+
+
 # ---- the rest -----------------------------------------------------------------------------------------
 
 
-def test_what_a_compiled_step_does_is_what_an_eager_step_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    eager, compiled = (Whitening(3, Window(), config=WhiteningConfig(max_samples=4)) for _ in range(2))
+@pytest.mark.parametrize("config", [WhiteningConfig(), WhiteningConfig(average="root", scale=False)], ids=str)
+def test_what_a_compiled_step_does_is_what_an_eager_step_does(
+    config: WhiteningConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager, compiled = (Whitening(3, POINT, config=config.replace(max_samples=4)) for _ in range(2))
     for step in range(40):
-        x = torch.randn(6, 3, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(6, 3, 2, generator=torch.Generator().manual_seed(step)).requires_grad_()
         pair = eager(x)
         with monkeypatch.context() as patch:
-            for module in ("schedule", "whitening"):
+            for module in ("schedule", "whitening", "running"):
                 patch.setattr(f"netdeconv.nn.{module}.torch", InCompiler())
-            assert torch.equal(compiled(x)[0], pair[0])
+            ours = compiled(x)
+        assert torch.equal(ours.mean, pair.mean)
+        torch.testing.assert_close(ours.roots, pair.roots, rtol=1e-6, atol=1e-7)
+        if config.scale is not False:
+            assert torch.equal(ours.scale, pair.scale)
+            slopes = [torch.autograd.grad(each.scale.sum(), x)[0] for each in (ours, pair)]
+            assert torch.equal(*slopes)
     for name, value in eager.state_dict().items():  # the weight of a mean is Python's float here, and float32 there
         torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-6, atol=1e-7, msg=name)
     assert compiled.clock.steps == 40
@@ -457,7 +735,8 @@ def test_what_a_compiled_step_does_is_what_an_eager_step_does(monkeypatch: pytes
 
 def test_a_compiled_evaluation_before_any_step_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
     whitening = one_feature(PLAIN).eval()
-    monkeypatch.setattr("netdeconv.nn.whitening.torch", InCompiler())
+    for module in ("whitening", "running"):
+        monkeypatch.setattr(f"netdeconv.nn.{module}.torch", InCompiler())
     with pytest.raises(StatisticsError, match="got none so far"):
         whitening(number(1, 1))
 
