@@ -13,7 +13,8 @@ from netdeconv.functional.constants import cached_constant, caching_is_unsafe
 __all__ = ["CHEBYSHEV", "QUINTICS", "chebyshev", "newton_schulz", "quintics"]
 
 # For a number of Newton-Schulz steps: a polynomial in 2 a - 1 as pieces in T_0..T_(s - 1), times powers of T_s, lowest
-# first. Largest relative error of the gain over all a in (0, 1]: rounding for 1 and 2 steps, 1.6e-4 for 3, 1.9e-4 for 5.
+# first. Largest relative error of the gain over all a in (0, 1]: rounding for 1 and 2 steps, 1.6e-4 for 3, 1.9e-4 for
+# 5.
 CHEBYSHEV: dict[int, tuple[tuple[float, ...], ...]] = {
     1: ((1.25, -0.25),),
     2: (
