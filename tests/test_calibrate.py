@@ -19,6 +19,7 @@ EXACT_TOLERANCE = 1e-9  # float64: sums over batches against one sum over everyt
 CONFIGS = {
     "default": WhiteningConfig(block_size=3),
     "whole": WhiteningConfig(solver="eigh", sampling="spread"),
+    "unscaled": WhiteningConfig(block_size=3, scale=False, average="root"),
     "paper": WhiteningConfig.paper(block_size=2),
 }
 
@@ -51,21 +52,30 @@ def test_the_first_layer_has_the_statistics_of_all_rows(name: str) -> None:
     blocks = layer.whitening.blocks
     # One tensor of all rows, the mean and covariance written out.
     x, window = torch.cat(batches()), layer.whitening.window
-    rows = patches_of(x, layer)
+    rows, mean = patches_of(x, layer), patches_of(x, layer).mean(0)
+    scale = torch.ones(4, dtype=torch.float64)
+    if config.scale is None and name != "paper":
+        var = x.movedim(1, -1).reshape(-1, 4).var(0, correction=0)
+        torch.testing.assert_close(layer.whitening.running_var, var, rtol=EXACT_TOLERANCE, atol=EXACT_TOLERANCE)
+        scale = var.rsqrt()
+    assert (layer.whitening.running_var is None) == (name in ("unscaled", "paper"))
+    taps = scale.repeat_interleave(9)
     if name == "whole":
-        mean = rows.mean(0)
-        cov = (rows - mean).T @ (rows - mean) / len(rows)
+        cov = (rows * taps - mean * taps).T @ (rows * taps - mean * taps) / len(rows)
         root = torch.linalg.inv(_sqrt(cov + config.eps * torch.eye(len(cov), dtype=cov.dtype)))
         torch.testing.assert_close(layer.whitening.running_root, root, rtol=1e-6, atol=1e-8)
     else:
         # Positions 0, 3 and so on; published, the mean is taken there, too.
         sampled = corner_patches(x, window, sampling_stride=3).rows
-        moments = netdeconv.functional.patch_moments(sampled, blocks)
-        mean = moments.mean if name == "paper" else rows.mean(0)
-        eye = torch.eye(moments.covs[0].shape[-1], dtype=torch.float64)
-        root = netdeconv.functional.inverse_sqrt(moments.covs[0] + config.eps * eye, num_iters=5, solver=config.solver)
+        moments = netdeconv.functional.patch_moments(sampled * taps, blocks)
+        mean = moments.mean if name == "paper" else mean
+        (cov, *_), steps = moments.covs, 5 if name == "paper" else 3
+        eye = torch.eye(cov.shape[-1], dtype=torch.float64)
+        root = netdeconv.functional.inverse_sqrt(cov + config.eps * eye, num_iters=steps, solver=config.solver)
         torch.testing.assert_close(layer.whitening.running_root, root, rtol=EXACT_TOLERANCE, atol=EXACT_TOLERANCE)
     torch.testing.assert_close(layer.whitening.running_mean, mean, rtol=EXACT_TOLERANCE, atol=EXACT_TOLERANCE)
+    if layer.whitening.config.average == "covariance":
+        torch.testing.assert_close(layer.whitening.running_cov, cov, rtol=EXACT_TOLERANCE, atol=EXACT_TOLERANCE)
 
 
 def _sqrt(matrix: Tensor) -> Tensor:

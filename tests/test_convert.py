@@ -125,29 +125,45 @@ def test_shape_arguments_and_settings_arrive() -> None:
         nn.Conv3d(4, 6, 2, bias=False),
         nn.Linear(4, 6),
     ]
-    for layer, kind in zip(convs, (WhitenedConv1d, WhitenedConv2d, WhitenedConv3d, WhitenedLinear), strict=True):
+    twins = (
+        (WhitenedConv1d, "dense"),
+        (WhitenedConv2d, "grouped"),
+        (WhitenedConv3d, "dense"),
+        (WhitenedLinear, "linear"),
+    )
+    for layer, (twin, kind) in zip(convs, twins, strict=True):
         config = WhiteningConfig(block_size=2)
         converted = netdeconv.convert(layer, config)
-        assert type(converted) is kind
-        assert converted.whitening.config == (config.for_linear() if kind is WhitenedLinear else config)
+        assert type(converted) is twin
+        assert converted.whitening.config == config.resolved(kind, 4)
         assert layer.extra_repr() in converted.extra_repr()
 
 
 @pytest.mark.parametrize(
-    ("channels", "groups", "depthwise"), [(4, 4, True), (4, 2, False), (4, 1, False), (1, 1, False)]
+    ("channels", "groups", "kernel", "kind", "steps"),
+    [
+        (4, 4, 3, "depthwise", 1),
+        (4, 2, 3, "grouped", 3),
+        (4, 1, 3, "dense", 3),
+        (1, 1, 3, "dense", 3),
+        (4, 1, 1, "1x1", 1),
+    ],
 )
-def test_depthwise_convolutions_have_settings_of_their_own(channels: int, groups: int, depthwise: bool) -> None:
-    conv, config = nn.Conv2d(channels, 8, 3, groups=groups), WhiteningConfig(eps=1e-3)
-    whole = WhitenedConv2d(channels, 8, 3, groups=groups)
-    for preserve in (None, torch.randn(4, channels, 9, 9)):
-        converted = netdeconv.convert(conv, config, preserve=preserve)
-        assert converted.whitening.config == (config.for_depthwise() if depthwise else config)
-    assert whole.whitening.config == (WhiteningConfig().for_depthwise() if depthwise else WhiteningConfig())
-    preserved = netdeconv.convert(conv, preserve=torch.randn(4, channels, 9, 9)).whitening.config
-    assert (preserved.sampling, preserved.update_every) == ("spread", 1 if depthwise else 16)
-    literal = netdeconv.convert(conv, lambda path, layer: config)
-    assert literal.whitening.config == config
-    assert WhitenedConv2d(channels, 8, 3, groups=groups, whitening=config).whitening.config == config
+def test_each_kind_of_layer_takes_its_own_settings(
+    channels: int, groups: int, kernel: int, kind: str, steps: int
+) -> None:
+    conv, config = nn.Conv2d(channels, 8, kernel, groups=groups), WhiteningConfig(eps=1e-3)
+    expected = config.resolved(kind, channels // groups)
+    assert (expected.num_iters, expected.eps, expected.average) == (steps, 1e-3, "covariance")
+    data = torch.randn(4, channels, 9, 9)
+    for preserve in (None, data):
+        for whitening in (config, lambda path, layer: config):
+            assert netdeconv.convert(conv, whitening, preserve=preserve).whitening.config == expected
+        default = netdeconv.convert(conv, preserve=preserve).whitening.config
+        assert default == expected.replace(eps=WhiteningConfig.eps)
+    assert WhitenedConv2d(channels, 8, kernel, groups=groups, whitening=config).whitening.config == expected
+    named = WhiteningConfig(num_iters=7, average="root", scale=False, update_every=2)
+    assert netdeconv.convert(conv, named, preserve=data).whitening.config == named.resolved(kind, channels // groups)
 
 
 def test_one_number_in_a_tuple_holds_for_all_dimensions() -> None:
@@ -169,7 +185,7 @@ def test_settings_by_place() -> None:
 
     converted = netdeconv.convert(model, setting)
     assert converted.features[0].whitening.config.num_iters == 15
-    assert converted.features[4].whitening.config == WhiteningConfig()
+    assert converted.features[4].whitening.config == WhiteningConfig().resolved("dense", 8)
     assert converted.features[0].whitening.label == "features.0: WhitenedConv2d(3, 8, kernel_size=(3, 3))"
     with pytest.raises(ConfigError, match="expected whitening a WhiteningConfig"):
         netdeconv.convert(model, 64)  # type: ignore[arg-type]

@@ -41,12 +41,14 @@ def layers(draw: Any) -> tuple[nn.Module, torch.Tensor]:
         num_iters=draw(st.integers(1, 6)),
         solver=draw(st.sampled_from(["newton_schulz", "eigh"])),
         update_every=draw(st.sampled_from([1, 16])),
+        scale=draw(st.sampled_from([None, False])),
+        average=draw(st.sampled_from([None, "covariance", "root"])),
     )
     options: dict[str, Any] = {"whitening": config, "dtype": torch.float64, "bias": draw(st.booleans())}
     groups = draw(st.sampled_from([1, 1, 2, 3]))
     channels, out = groups * draw(st.integers(1, 4)), groups * draw(st.integers(1, 3))
     dims = draw(st.integers(0, 3))
-    batch = draw(st.integers(1, 3))
+    batch = draw(st.integers(2, 3))  # of a single row there are no statistics
     if dims == 0:
         layer: nn.Module = netdeconv.WhitenedLinear(channels, out, **options)
         x = torch.randn(batch, *[2] * draw(st.integers(0, 2)), channels, dtype=torch.float64)

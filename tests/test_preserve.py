@@ -35,6 +35,7 @@ CONFIGS = {
     "default": WhiteningConfig(block_size=2),
     "whole": WhiteningConfig(solver="eigh", update_every=1),
     "fifteen": WhiteningConfig(block_size=3, num_iters=15),
+    "roots": WhiteningConfig(block_size=3, scale=False, average="root", num_iters=5),
     "paper": WhiteningConfig.paper(block_size=4),
 }
 
@@ -152,13 +153,27 @@ def test_a_norm_over_positions_is_not_folded() -> None:
 def test_unfold_is_the_inverse_of_fold(name: str, groups: int) -> None:
     torch.manual_seed(0)
     layer = WhitenedConv2d(6, 4, 3, groups=groups, dtype=torch.float64, whitening=CONFIGS[name])
-    layer(torch.randn(9, 6, 7, 7, dtype=torch.float64) + 1)
+    layer(torch.randn(9, 6, 7, 7, dtype=torch.float64) * torch.arange(1, 7)[:, None, None] + 1)
     weight, bias = torch.randn_like(layer.weight), torch.randn_like(layer.bias)
     ours = unfold(weight, bias, layer.whitening)
-    mean, roots = layer.whitening.remembered()
+    found = layer.whitening.remembered()
     assert not torch.allclose(ours[0], weight)
-    back = fold(*ours, mean, roots, layer.whitening.blocks)
+    back = fold(*ours, found.mean, found.roots, layer.whitening.blocks, found.scale)
     torch.testing.assert_close(back, (weight, bias), rtol=EXACT_TOLERANCE, atol=EXACT_TOLERANCE)
+
+
+def test_the_statistics_are_those_of_the_data() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 1, dtype=torch.float64)
+    data = [torch.randn(n, 3, 4, 4, dtype=torch.float64) * torch.tensor([1.0, 10, 100])[:, None, None] for n in (2, 5)]
+    whitening = netdeconv.convert(conv, WhiteningConfig(solver="eigh"), preserve=data).whitening
+    rows = torch.cat(data).movedim(1, -1).reshape(-1, 3)
+    torch.testing.assert_close(whitening.running_mean, rows.mean(0))
+    torch.testing.assert_close(whitening.running_var, rows.var(0, correction=0))
+    torch.testing.assert_close(whitening.running_cov, torch.corrcoef(rows.T))
+    cov = whitening.running_cov + whitening.config.eps * torch.eye(3, dtype=torch.float64)
+    root = whitening.running_root
+    torch.testing.assert_close(root @ cov @ root, torch.eye(3, dtype=torch.float64))
 
 
 def test_layers_that_share_weights_stay_plain() -> None:
