@@ -15,6 +15,7 @@ from torch import Tensor
 from netdeconv import WhitenedConv2d
 from netdeconv import reference as ref
 from netdeconv.functional import Blocks, Window, fold
+from netdeconv.functional.fold import _plain_fold
 
 DRAWS = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -54,6 +55,20 @@ def test_by_hand() -> None:
     assert bias.tolist() == [-46.5]
 
 
+def test_scale_by_hand() -> None:
+    # The same with the channels times 2 and 5: S D w = (42, 65), b - mean S D w = 0.5 - 172 = -171.5.
+    blocks, scale = Blocks.plan(2, LINEAR, 1, 64, "contiguous"), torch.tensor([2.0, 5.0])
+    root, mean = torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.tensor([1.0, 2.0])
+    weight, bias = fold(torch.tensor([[10.0, 1.0]]), torch.tensor([0.5]), mean, [root], blocks, scale)
+    assert weight.tolist() == [[42, 65]]
+    assert bias.tolist() == [-171.5]
+    # Two taps of one channel share its scale: (10, 1) D = (21, 13), times 3.
+    blocks = Blocks.plan(1, Window((2,), (1,), (1,), ((0, 0),)), 1, 64, "contiguous")
+    weight, bias = fold(torch.tensor([[[10.0, 1.0]]]), None, mean, [root], blocks, torch.tensor([3.0]))
+    assert weight.tolist() == [[[63, 39]]]
+    assert bias.tolist() == [-141]
+
+
 def test_a_smaller_last_block_by_hand() -> None:
     blocks = Blocks.plan(3, LINEAR, 1, 2, "contiguous")
     roots = [torch.tensor([[2.0, 1.0], [1.0, 3.0]]), torch.tensor([[5.0]])]
@@ -71,6 +86,9 @@ def test_identity_and_zero_change_nothing_at_all(groups: int, grouping: str) -> 
     assert torch.equal(folded, weight)
     assert torch.equal(shifted, bias)
     assert torch.equal(fold(weight, None, *identity_state(blocks), blocks)[1], torch.zeros_like(bias))
+    folded, shifted = fold(weight, bias, *identity_state(blocks), blocks, torch.ones(6))
+    assert torch.equal(folded, weight)
+    assert torch.equal(shifted, bias)
 
 
 @DRAWS
@@ -82,16 +100,25 @@ def test_identity_and_zero_change_nothing_at_all(groups: int, grouping: str) -> 
     window=st.sampled_from([PIXEL, SQUARE]),
     grouping=st.sampled_from(["contiguous", "interleaved"]),
     with_bias=st.booleans(),
+    scaled=st.booleans(),
 )
 def test_it_equals_whitening_the_patches(
-    groups: int, per_group: int, out_per_group: int, block_size: int, window: Window, grouping: str, with_bias: bool
+    groups: int,
+    per_group: int,
+    out_per_group: int,
+    block_size: int,
+    window: Window,
+    grouping: str,
+    with_bias: bool,
+    scaled: bool,
 ) -> None:
     blocks = Blocks.plan(groups * per_group, window, groups, block_size, grouping)
     mean, roots = drawn_state(blocks)
     weight = randn(groups * out_per_group, per_group, *window.kernel_size, seed=8)
     bias = randn(groups * out_per_group, seed=9) if with_bias else None
+    scale = randn(groups * per_group, seed=10).abs() + 0.1 if scaled else None
     x = randn(2, groups * per_group, *(3, 4)[: len(window.kernel_size)])
-    folded, shifted = fold(weight, bias, mean, roots, blocks)
+    folded, shifted = fold(weight, bias, mean, roots, blocks, scale)
     conv: Any = F.conv1d if window is PIXEL else F.conv2d
     expected = ref.deconvolve(
         x,
@@ -100,6 +127,7 @@ def test_it_equals_whitening_the_patches(
         mean,
         roots[0],
         D_rest=roots[1] if len(roots) > 1 else None,
+        S=scale,
         grouping=grouping,
         groups=groups,
         padding=1,
@@ -118,12 +146,15 @@ def test_the_published_linear_layer() -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
-def test_half_precision_is_folded_in_float32(kind: torch.dtype) -> None:
+@pytest.mark.parametrize("scaled", [False, True])
+def test_half_precision_is_folded_in_float32(kind: torch.dtype, scaled: bool) -> None:
     blocks = Blocks.plan(6, SQUARE, 1, 4, "contiguous")
     mean, roots = drawn_state(blocks)
     weight, bias = randn(4, 6, 2, 3).to(kind), randn(4, seed=1).to(kind)
-    low = fold(weight, bias, mean.to(kind), [root.to(kind) for root in roots], blocks)
-    high = fold(weight.float(), bias.float(), mean.to(kind).float(), [root.to(kind).float() for root in roots], blocks)
+    scale = (randn(6, seed=2).abs() + 0.1).to(kind) if scaled else None
+    low = fold(weight, bias, mean.to(kind), [root.to(kind) for root in roots], blocks, scale)
+    exact = (weight.float(), bias.float(), mean.to(kind).float(), [root.to(kind).float() for root in roots])
+    high = fold(*exact, blocks, None if scale is None else scale.float())
     for mine, known in zip(low, high, strict=True):
         assert mine.dtype == kind
         assert torch.equal(mine, known.to(kind))
@@ -133,49 +164,84 @@ def test_autocast_does_not_reach_it() -> None:
     blocks = Blocks.plan(4, SQUARE, 2, 2, "contiguous")
     mean, roots = drawn_state(blocks)
     weight, bias = randn(4, 2, 2, 3).float(), randn(4, seed=1).float()
-    with torch.autocast("cpu", torch.bfloat16):
-        cast = fold(weight, bias, mean, roots, blocks)
-    plain = fold(weight, bias, mean, roots, blocks)
-    assert all(torch.equal(a, b) for a, b in zip(cast, plain, strict=True))
+    scale = torch.tensor([1.0, 2, 3, 4])
+    for more in ((), (scale,)):
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = fold(weight, bias, mean, roots, blocks, *more)
+        plain = fold(weight, bias, mean, roots, blocks, *more)
+        assert all(torch.equal(a, b) for a, b in zip(cast, plain, strict=True))
 
 
-def test_autocast_does_not_reach_its_gradient() -> None:
+@pytest.mark.parametrize("scaled", [False, True])
+def test_autocast_does_not_reach_its_gradient(scaled: bool) -> None:
     blocks = Blocks.plan(4, SQUARE, 2, 2, "contiguous")
     mean, roots = drawn_state(blocks)
     gradients = []
     for inside in (False, True):
         weight, bias = randn(4, 2, 2, 3).float().requires_grad_(), randn(4, seed=1).float().requires_grad_()
-        outputs = fold(weight, bias, mean.float(), [root.float() for root in roots], blocks)
+        scale = torch.tensor([1.0, 2, 3, 4], requires_grad=True) if scaled else None
+        outputs = fold(weight, bias, mean.float(), [root.float() for root in roots], blocks, scale)
         with torch.autocast("cpu", torch.bfloat16, enabled=inside):
             (outputs[0].square().sum() + outputs[1].square().sum()).backward()
-        gradients.append((weight.grad, bias.grad))
+        gradients.append((weight.grad, bias.grad, bias.grad if scale is None else scale.grad))
     assert all(torch.equal(inside, outside) for inside, outside in zip(*gradients, strict=True))
 
 
 WANTED = ["weight bias mean roots", "weight mean", "weight bias", "weight", "bias", "mean", "roots"]
+SCALED = [*WANTED, "weight bias mean scale roots", "weight scale", "mean scale", "scale roots", "scale"]
+CUTS = [(4, 1, 2, "contiguous"), (3, 1, 2, "contiguous"), (4, 2, 64, "contiguous"), (4, 1, 2, "interleaved")]
 
 
-@pytest.mark.parametrize(("wanted", "with_bias"), [(w, b) for w in WANTED for b in (True, False) if b or w != "bias"])
 @pytest.mark.parametrize(
-    ("channels", "groups", "block_size", "grouping"),
-    [(4, 1, 2, "contiguous"), (3, 1, 2, "contiguous"), (4, 2, 64, "contiguous"), (4, 1, 2, "interleaved")],
+    ("wanted", "with_bias", "scaled"),
+    [
+        *((w, b, False) for w in WANTED for b in (True, False) if b or w != "bias"),
+        *((w, b, True) for w in SCALED for b in (True, False) if b or w != "bias"),
+    ],
 )
+@pytest.mark.parametrize(("channels", "groups", "block_size", "grouping"), CUTS)
 def test_the_gradients_are_right(
-    channels: int, groups: int, block_size: int, grouping: str, wanted: str, with_bias: bool
+    channels: int, groups: int, block_size: int, grouping: str, wanted: str, with_bias: bool, scaled: bool
 ) -> None:
     blocks = Blocks.plan(channels, SQUARE, groups, block_size, grouping)
     mean, roots = drawn_state(blocks)
     known = {"weight": [randn(2, channels // groups, 2, 3)], "mean": [mean], "roots": list(roots)}
     known["bias"] = [randn(2, seed=3)] if with_bias else []
+    known["scale"] = [randn(channels, seed=4).abs() + 0.5] if scaled else []
     leaves = [value.requires_grad_() for name in wanted.split() for value in known[name]]
 
     def run(*_: Tensor) -> tuple[Tensor, ...]:
         weight, bias = known["weight"][0], known["bias"][0] if with_bias else None
-        outputs = fold(weight, bias, known["mean"][0], [symmetric(root) for root in known["roots"]], blocks)
+        symmetric_roots = [symmetric(root) for root in known["roots"]]
+        outputs = fold(weight, bias, known["mean"][0], symmetric_roots, blocks, *known["scale"])
         return tuple(output for output in outputs if output.requires_grad)
 
     assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("wanted", ["weight bias mean roots", "weight bias mean scale roots", "scale"])
+@pytest.mark.parametrize(("channels", "groups", "block_size", "grouping"), CUTS)
+def test_the_gradients_are_those_of_the_operators(
+    channels: int, groups: int, block_size: int, grouping: str, wanted: str
+) -> None:
+    """To the last digits, where finite differences are rough."""
+    blocks = Blocks.plan(channels, SQUARE, groups, block_size, grouping)
+    mean, roots = drawn_state(blocks)
+    known = {"weight": [randn(2, channels // groups, 2, 3)], "bias": [randn(2, seed=3)], "mean": [mean]}
+    known |= {"scale": [randn(channels, seed=4).abs() + 0.5], "roots": list(roots)}
+    leaves = [value.requires_grad_() for name in wanted.split() for value in known[name]]
+    scale = known["scale"] if "scale" in wanted else []
+    results = []
+    for by_operators in (False, True):
+        weight, bias = known["weight"][0], known["bias"][0]
+        if by_operators:
+            outputs = _plain_fold(blocks, weight, bias, blocks.spread_mean(mean), *(scale or [None]), *roots)
+        else:
+            outputs = fold(weight, bias, mean, roots, blocks, *scale)
+        along = [randn(*output.shape, seed=5) for output in outputs]
+        results.append(torch.autograd.grad(outputs, leaves, along))
+    torch.testing.assert_close(*results, **TIGHT)
 
 
 @pytest.mark.parametrize("wanted", ["bias", "mean"])
@@ -193,10 +259,10 @@ def test_bias_or_mean_alone_asks_for_no_gradient_of_the_folded_weight(wanted: st
 def test_forward_mode_and_nested_gradients_agree_with_backward_mode() -> None:
     blocks = Blocks.plan(4, PIXEL, 1, 2, "contiguous")
     mean, roots = drawn_state(blocks)
-    bias = randn(3, seed=4)
+    bias, scale = randn(3, seed=4), torch.tensor([0.5, 1, 2, 3], dtype=torch.float64)
 
     def energy(weight: Tensor) -> Tensor:
-        folded, shifted = fold(weight, bias, mean, roots, blocks)
+        folded, shifted = fold(weight, bias, mean, roots, blocks, scale)
         return folded.square().sum() + shifted.square().sum()
 
     weight = randn(3, 4, 1, seed=5)
