@@ -9,9 +9,12 @@ import pickle
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
-from netdeconv import ConfigError, WhiteningConfig
-from netdeconv.config import GROUPINGS, SAMPLINGS
+from layer_kinds import BY_NAME
+from netdeconv import ConfigError, WhitenedConv1d, WhitenedConv2d, WhitenedLinear, WhiteningConfig, convert
+from netdeconv.config import AVERAGES, GROUPINGS, KINDS, SAMPLINGS
 from netdeconv.functional import SOLVERS
 
 # Other tools rely on these names; docs/speed.md measures these values.
@@ -19,16 +22,37 @@ PROMISED = {
     "block_size": None,
     "grouping": "contiguous",
     "eps": 1e-5,
-    "num_iters": 5,
+    "num_iters": None,
+    "solver": "auto",
     "momentum": 0.1,
+    "sampling": "tiles",
     "sampling_stride": 3,
-    "differentiable": False,
+    "max_samples": 4096,
+    "scale": None,
+    "update_every": None,
+    "differentiable": None,
+    "average": None,
     "debias": True,
     "sync": True,
 }
+# And these are what None is, by the kind of layer: num_iters, scale, update_every, differentiable, average.
+NAMES = ("num_iters", "scale", "update_every", "differentiable", "average")
+BY_KIND = {
+    "dense": (3, True, 16, False, "covariance"),
+    "1x1": (1, True, 16, False, "covariance"),
+    "grouped": (3, True, 16, False, "covariance"),
+    "depthwise": (1, True, 16, False, "covariance"),
+    "linear": (3, False, 1, True, "root"),
+    "channels": (5, True, 16, False, "covariance"),
+}
+# Which kind the layers of the contract are.
+KIND_OF = {
+    "conv1d": "dense", "conv2d": "dense", "pointwise": "1x1", "grouped": "grouped", "depthwise": "depthwise",
+    "conv3d": "dense", "linear": "linear", "channel": "channels",
+}  # fmt: skip
 # The authors' code: field-notes.md, 4.1.
 PUBLISHED = {
-    "block_size": 64,
+    "block_size": None,  # 64, and 512 in linear layers
     "grouping": "interleaved",
     "eps": 1e-5,
     "num_iters": 5,
@@ -37,8 +61,10 @@ PUBLISHED = {
     "sampling": "corner",
     "sampling_stride": 3,
     "max_samples": None,
+    "scale": False,
     "update_every": 1,
     "differentiable": True,
+    "average": "root",
     "debias": False,
     "sync": False,
 }
@@ -46,7 +72,7 @@ PUBLISHED = {
 
 def test_defaults_are_those_promised() -> None:
     config = WhiteningConfig()
-    assert {name: getattr(config, name) for name in PROMISED} == PROMISED
+    assert dataclasses.asdict(config) == PROMISED
 
 
 def test_paper_is_the_published_procedure_in_every_setting() -> None:
@@ -100,6 +126,10 @@ def test_it_survives_copying_and_pickling() -> None:
         {"update_every": 1},
         {"max_samples": 1},
         {"max_samples": None},
+        {"scale": True},
+        {"scale": None, "differentiable": None, "average": None},
+        {"differentiable": True, "scale": True},
+        *({"average": name} for name in AVERAGES),
         *({"grouping": name} for name in GROUPINGS),
         *({"sampling": name, "max_samples": None} for name in SAMPLINGS),
         *({"solver": name, "num_iters": 15 if name == "quintic" else 5} for name in SOLVERS),
@@ -142,6 +172,8 @@ def test_momentum_lies_between_zero_and_one(value: Any) -> None:
         ("solver", "newton-schulz", SOLVERS, "newton_schulz"),
         ("solver", "eig", SOLVERS, "eigh"),
         ("sampling", "spreaded", SAMPLINGS, "spread"),
+        ("average", "covariances", AVERAGES, "covariance"),
+        ("average", "roots", AVERAGES, "root"),
         ("solver", "xyz", SOLVERS, None),
         ("grouping", 3, GROUPINGS, None),
     ],
@@ -156,10 +188,16 @@ def test_an_unknown_name_lists_the_known_and_guesses(
         WhiteningConfig(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["differentiable", "debias", "sync"])
-@pytest.mark.parametrize("value", [1, None, "yes"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("debias", "sync") for value in (1, None, "yes")),
+        *((name, value) for name in ("scale", "differentiable") for value in (1, "yes")),
+    ],
+)
 def test_switches_are_true_or_false(name: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"expected {name} True or False, got {value!r}"):
+    choices = "True or False" if name in ("debias", "sync") else "True, False or None"
+    with pytest.raises(ConfigError, match=rf"expected {name} {choices}, got {value!r}\. Pass a bool"):
         WhiteningConfig(**{name: value})
 
 
@@ -169,15 +207,123 @@ def test_a_cap_on_the_fixed_grid_is_refused() -> None:
         WhiteningConfig.paper(max_samples=100)
 
 
-@pytest.mark.parametrize(("samples", "most"), [(4096, 1024), (200, 200), (None, None)])
-def test_depthwise_convolutions_compute_every_step_s_own_root(samples: int | None, most: int | None) -> None:
-    config = WhiteningConfig(eps=1e-3, max_samples=samples).for_depthwise()
-    assert config == WhiteningConfig(eps=1e-3, max_samples=most, update_every=1)
-    assert WhiteningConfig.paper().for_depthwise() == WhiteningConfig.paper()
+def test_a_gradient_through_an_averaged_covariance_is_refused() -> None:
+    match = r"average='covariance' cannot apply with differentiable=True.*Pass average='root', or differentiable=False"
+    with pytest.raises(ConfigError, match=match):
+        WhiteningConfig(average="covariance", differentiable=True)
 
 
-def test_linear_layers_get_the_published_procedure_of_their_own() -> None:
-    config = WhiteningConfig(eps=1e-3, num_iters=7).for_linear()
-    assert (config.block_size, config.update_every, config.differentiable) == (512, 1, True)
-    assert (config.eps, config.num_iters, config.sampling) == (1e-3, 7, WhiteningConfig().sampling)
-    assert config.for_linear() == config
+def test_a_scale_of_pooled_channels_is_refused() -> None:
+    match = r"scale=True cannot apply to grouping='interleaved'.*Pass scale=False, or grouping='contiguous'"
+    with pytest.raises(ConfigError, match=match):
+        WhiteningConfig.paper(scale=True)
+
+
+# ---- by the kind of layer -------------------------------------------------------------------------------
+
+
+def settled(config: WhiteningConfig) -> tuple[Any, ...]:
+    return tuple(getattr(config, name) for name in NAMES)
+
+
+def test_every_kind_has_its_defaults() -> None:
+    assert KINDS.keys() == BY_KIND.keys()
+    for kind, expected in BY_KIND.items():
+        config = WhiteningConfig(eps=1e-3).resolved(kind, 8)
+        assert settled(config) == expected, kind
+        assert None not in (config.block_size, *settled(config))
+        assert dataclasses.replace(config, **dict.fromkeys(("block_size", *NAMES))) == WhiteningConfig(eps=1e-3)
+        assert config.resolved(kind, 8) == config
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_a_layer_gets_those_of_its_kind(name: str) -> None:
+    for config in (None, WhiteningConfig()):
+        whitening = BY_NAME[name].layer(config).whitening
+        assert whitening.estimator.kind == KIND_OF[name]
+        assert settled(whitening.config) == BY_KIND[KIND_OF[name]]
+        assert whitening.config == WhiteningConfig().resolved(KIND_OF[name], 1)
+
+
+def test_the_kind_of_a_convolution_is_that_of_kernel_and_groups() -> None:
+    layers = {
+        "1x1": (WhitenedConv2d(4, 4, 1, padding=1), WhitenedConv1d(4, 4, 1, stride=2), WhitenedConv2d(1, 4, 1)),
+        "dense": (WhitenedConv2d(1, 4, 3), WhitenedConv2d(4, 4, (1, 3))),
+        "grouped": (WhitenedConv2d(4, 4, 1, groups=2), WhitenedConv2d(4, 4, 3, groups=2)),
+        "depthwise": (WhitenedConv2d(4, 4, 3, groups=4), WhitenedConv2d(4, 8, 1, groups=4)),
+    }
+    for kind, made in layers.items():
+        assert {layer.whitening.estimator.kind for layer in made} == {kind}
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels", "grouping", "size"),
+    [
+        *((kind, channels, "contiguous", 32) for kind in ("dense", "grouped") for channels in (3, 64, 511)),
+        *((kind, channels, "contiguous", 16) for kind in ("dense", "grouped") for channels in (512, 2048)),
+        *((kind, 2048, "contiguous", 32) for kind in ("1x1", "depthwise", "channels")),
+        *((kind, 2048, "interleaved", 64) for kind in KINDS if kind != "linear"),
+        ("linear", 4096, "contiguous", 512),
+        ("linear", 4096, "interleaved", 512),
+    ],
+)
+def test_the_size_of_a_block_by_kind(kind: str, channels: int, grouping: str, size: int) -> None:
+    assert WhiteningConfig(grouping=grouping).resolved(kind, channels).block_size == size
+    assert WhiteningConfig(grouping=grouping, block_size=7).resolved(kind, channels).block_size == 7
+
+
+def test_what_is_set_holds_for_every_kind() -> None:
+    config = WhiteningConfig(
+        block_size=8, num_iters=2, scale=True, update_every=3, differentiable=False, average="root", max_samples=10
+    )
+    for kind in KINDS:
+        assert config.resolved(kind, 64) == config
+    for kind, size in (("dense", 64), ("1x1", 64), ("depthwise", 64), ("linear", 512)):
+        assert WhiteningConfig.paper().resolved(kind, 1024) == WhiteningConfig.paper(block_size=size)
+
+
+def test_one_setting_settles_those_that_follow_from_it() -> None:
+    through = WhiteningConfig(differentiable=True).resolved("dense", 8)
+    assert (through.average, through.scale) == ("root", True)
+    averaged = WhiteningConfig(average="covariance").resolved("linear", 8)
+    assert (averaged.differentiable, averaged.scale) == (False, False)
+    assert WhiteningConfig(grouping="interleaved").resolved("dense", 8).scale is False
+    # And leaves the others to the kind.
+    assert settled(WhiteningConfig(scale=False).resolved("dense", 8)) == (3, False, 16, False, "covariance")
+    assert settled(WhiteningConfig(average="root").resolved("1x1", 8)) == (1, True, 16, False, "root")
+
+
+SAME_FOR_ALL = [None, WhiteningConfig(), WhiteningConfig(eps=1e-3, scale=False), WhiteningConfig.paper()]
+
+
+@pytest.mark.parametrize("config", SAME_FOR_ALL, ids=["None", "default", "changed", "paper"])
+def test_a_config_means_the_same_in_a_layer_and_in_convert(config: WhiteningConfig | None) -> None:
+    plain = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.BatchNorm2d(8),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+    )  # fmt: skip
+    converted = convert(plain, config)
+    made = {
+        "0": WhitenedConv2d(3, 8, 3, whitening=config),
+        "3": WhitenedConv2d(8, 8, 1, whitening=config),
+        "6": WhitenedConv2d(8, 8, 3, groups=8, whitening=config),
+        "9": WhitenedConv2d(8, 8, 3, groups=2, whitening=config),
+        "14": WhitenedLinear(8, 5, whitening=config),
+    }
+    for path, layer in made.items():
+        whitening = converted.get_submodule(path).whitening
+        assert whitening.config == layer.whitening.config, path
+        assert {name: value.shape for name, value in whitening.state_dict().items()} == {
+            name: value.shape for name, value in layer.whitening.state_dict().items()
+        }
+
+
+def test_nothing_passed_is_the_default_object_to_the_last_bit() -> None:
+    for kind in BY_NAME.values():
+        left_out, passed = kind.make, kind.layer(WhiteningConfig())
+        torch.manual_seed(0)
+        layer = left_out()
+        for step in range(3):
+            assert torch.equal(layer(kind.input(seed=step)), passed(kind.input(seed=step)))
+        assert torch.equal(layer.eval()(kind.input()), passed.eval()(kind.input()))
