@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from netdeconv import WhiteningConfig
 from netdeconv import reference as ref
 from netdeconv.functional import Blocks, Window
+from netdeconv.nn.estimator import Estimator
 
 DRAWS = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -127,16 +129,27 @@ def test_the_published_linear_layer_has_neighbouring_features_in_a_block() -> No
 
 
 @pytest.mark.parametrize(
-    ("channels", "window", "groups", "size"),
+    ("channels", "window", "groups", "size", "published"),
     [
-        (20, SQUARE, 1, 20), (64, SQUARE, 1, 32), (511, SQUARE, 1, 32), (512, SQUARE, 1, 16), (768, THREE, 1, 16),
-        (512, PIXEL, 1, 32), (512, LINEAR, 1, 32), (1024, SQUARE, 2, 16), (512, SQUARE, 2, 32), (512, SQUARE, 512, 1),
+        (20, SQUARE, 1, 20, 20), (64, SQUARE, 1, 32, 64), (511, SQUARE, 1, 32, 1), (512, SQUARE, 1, 16, 64),
+        (768, THREE, 1, 16, 64), (512, PIXEL, 1, 32, 64), (512, LINEAR, 1, 512, 512), (1280, LINEAR, 1, 512, 256),
+        (1024, SQUARE, 2, 16, 512), (512, SQUARE, 2, 32, 256), (512, SQUARE, 512, 1, 1), (1024, PIXEL, 2, 16, 512),
     ],
 )  # fmt: skip
 def test_without_a_size_wide_layers_of_several_taps_have_smaller_blocks(
-    channels: int, window: Window, groups: int, size: int
+    channels: int, window: Window, groups: int, size: int, published: int
 ) -> None:
-    for grouping in ("contiguous", "interleaved"):
-        blocks = Blocks.plan(channels, window, groups, None, grouping)
-        assert blocks == Blocks.plan(channels, window, groups, size, grouping)
-    assert Blocks.plan(channels, window, groups, None, "contiguous").block_size == size
+    for config, used in ((WhiteningConfig(), size), (WhiteningConfig.paper(), published)):
+        blocks = Estimator(channels, window, groups, config).blocks
+        assert blocks == Blocks.plan(channels, window, groups, used, config.grouping)
+        assert blocks.block_size == used
+
+
+@DRAWS
+@given(layout=layouts())
+def test_a_number_of_every_channel_is_that_of_all_its_taps(layout: tuple[int, Window, int, int, str]) -> None:
+    channels, window, groups, _, _ = layout
+    blocks = Blocks.plan(*layout)
+    spread = blocks.of_channels(torch.arange(channels))
+    assert tuple(spread.shape) == (groups, blocks.group_features)
+    assert spread.flatten().tolist() == [index // window.taps for index in range(channels * window.taps)]
