@@ -44,16 +44,17 @@ class WhiteningConfig:
     Args:
         block_size: channels whitened together. A layer with more channels is cut into blocks that share one root; when
             the block size does not divide the channels the last block is smaller and has its own. ``None`` is 512
-            in linear layers, 32 in convolutions, and 16 for kernels of several taps over 512 channels or more;
-            with ``grouping="interleaved"`` it is 64 in convolutions, as published.
+            in linear layers, 32 in convolutions, and 16 where they are neither 1x1 nor depthwise and a group has
+            512 channels or more; with ``grouping="interleaved"`` it is 64 in convolutions, as published.
         grouping: ``"contiguous"`` blocks of neighbouring channels, each centred by its own mean; or
             ``"interleaved"``, the published procedure, which deals the flattened (channel, tap) index out to
             the blocks in turn, pools mean and covariance over them, and takes the greatest common divisor
             when the block size does not divide the channels.
-        eps: added to the diagonal of the covariance, in squared units of the layer's input, or of its standard deviation
-            with ``scale``, where it is also the smallest variance that a channel is divided by.
-        num_iters: Newton-Schulz steps: how hard is whitened. ``None`` is 3, and 1 in 1x1 and in depthwise convolutions. 5, the published number, caps the gain at 1.5**5 = 7.6 and does not whiten
-            fully; 15 comes close. The solver ``"eigh"`` is exact and does not look at it.
+        eps: added to the diagonal of the covariance, in squared units of the layer's input, or of its standard
+            deviation with ``scale``, where it is also the smallest variance that a channel is divided by.
+        num_iters: Newton-Schulz steps: how hard is whitened. ``None`` is 3, but 1 in 1x1 and in depthwise convolutions
+            and 5 in :class:`netdeconv.ChannelWhitening`. 5, the published number, caps the gain at 1.5**5 = 7.6 and
+            does not whiten fully; 15 comes close. The solver ``"eigh"`` is exact and does not look at it.
         solver: how the inverse square root is computed, see :func:`netdeconv.functional.inverse_sqrt`.
         momentum: share of the running values that one training step replaces, as in batch normalisation, and one
             refresh of an averaged covariance. Of averaged roots, one after k steps counts as ``(k + 1) / 2`` of
@@ -135,7 +136,8 @@ class WhiteningConfig:
 
     def _require_compatible(self) -> None:
         """Settings that exclude one another."""
-        for num_iters in {kind["num_iters"] for kind in KINDS.values()} if self.num_iters is None else (self.num_iters,):
+        by_kind = {kind["num_iters"] for kind in KINDS.values()}
+        for num_iters in by_kind if self.num_iters is None else {self.num_iters}:
             try:
                 chosen_solver(self.solver, num_iters)
             except ValueError as error:
