@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from netdeconv import ChannelWhitening, NonFiniteWarning, WhitenedConv2d, WhitenedLinear, WhiteningConfig
-from netdeconv.functional import Blocks, Moments, Window, patch_moments
-from netdeconv.nn.sync import _all_reduce, distributed, joined_moments
+from netdeconv.functional import Blocks, Moments, Window, channel_variance, patch_moments
+from netdeconv.nn.sync import Share, _all_reduce, distributed, joined_moments, share_of_channels
 
 DRAWS = settings(deadline=None, derandomize=True, max_examples=40)
 
@@ -28,11 +28,17 @@ JOINED: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def exchange(shares: list[Moments], blocks: Blocks, about: Tensor, *, autograd: bool = False) -> list[Moments]:
+    """What ``joined_moments`` gives every process."""
+    processes = [[Share(share, blocks, about)] for share in shares]
+    return [joined[0] for joined in everywhere(processes, autograd)]
+
+
+def everywhere(processes: Sequence[Sequence[Share]], autograd: bool = False) -> list[list[Moments]]:
     """What ``joined_moments`` gives every process, with the sum over the processes taken here."""
     where = "netdeconv.nn.sync._all_reduce" if autograd else "torch.distributed.all_reduce"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "is_initialized", lambda: True)
-        patch.setattr(dist, "get_world_size", lambda group=None: len(shares))
+        patch.setattr(dist, "get_world_size", lambda group=None: len(processes))
         sent: list[Tensor] = []
 
         def note(value: Tensor, group: Any = None) -> Tensor:
@@ -45,7 +51,7 @@ def exchange(shares: list[Moments], blocks: Blocks, about: Tensor, *, autograd: 
 
         for replacement in (note, add_up):
             patch.setattr(where, replacement)
-            results = [joined_moments([share], blocks, about)[0] for share in shares]
+            results = [joined_moments(shares) for shares in processes]
     return results
 
 
@@ -97,6 +103,35 @@ def test_sums_about_the_remembered_mean_keep_the_digits_of_the_covariance() -> N
     assert errors[1] < 1e-2
 
 
+@DRAWS
+@given(counts=st.lists(st.integers(0, 5), min_size=2, max_size=4).filter(any), channels=st.integers(1, 4))
+def test_the_joined_variance_and_its_gradient_are_those_of_all_entries(counts: list[int], channels: int) -> None:
+    x = rows(sum(counts), channels).requires_grad_()
+    expected = x.var(0, correction=0)
+    about = rows(1, channels, seed=1)[0]
+    shares = [share_of_channels(*channel_variance(part.unsqueeze(-1)), about) for part in x.split(counts)]
+    joined = [found[0].covs[0].flatten() for found in everywhere([[share] for share in shares], autograd=True)]
+    along = torch.randn(channels, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    (known,) = torch.autograd.grad(expected, x, along)
+    for ours in joined:
+        assert ours.requires_grad  # or this process would be missing when the gradients are added up
+        torch.testing.assert_close(ours, expected, **JOINED)
+    (mine,) = torch.autograd.grad(joined[0], x, along)
+    torch.testing.assert_close(mine, known, **JOINED)
+
+
+def test_sums_about_the_running_mean_keep_the_digits_of_the_variance() -> None:
+    x = rows(300, 2).unsqueeze(-1) + 1e4
+    parts = [channel_variance(share.float()) for share in x.split([100, 200])]
+    errors = []
+    for about in (torch.zeros(2), x.mean((0, 2)).float()):
+        found = everywhere([[share_of_channels(*part, about)] for part in parts])[0][0].covs[0]
+        errors.append((found.flatten().double() - x.var((0, 2), correction=0)).abs().max())
+    # float32: about zero squares of 1e4 round at 1e8 * 6e-8 = 6, about the mean only the numbers do, 6e-4.
+    assert errors[0] > 0.5
+    assert errors[1] < 1e-2
+
+
 def test_the_gradient_reaches_every_share_and_an_empty_one_takes_part() -> None:
     blocks = Blocks.plan(3, Window(), 1, 2, "contiguous")
     X = rows(6, 3).requires_grad_()
@@ -122,24 +157,27 @@ def test_a_gradient_of_a_gradient_is_summed_as_well(monkeypatch: pytest.MonkeyPa
     assert second.tolist() == [8, 8]
 
 
-def test_one_call_carries_mean_and_covariance(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scale", [False, True])
+def test_one_call_carries_all_that_is_known(monkeypatch: pytest.MonkeyPatch, scale: bool) -> None:
     sent: list[int] = []
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
     monkeypatch.setattr(dist, "all_reduce", lambda value, group=None: sent.append(len(value)))
-    layer = WhitenedConv2d(3, 4, 1, whitening=WhiteningConfig(update_every=2))
-    for step in range(18):
+    layer = WhitenedConv2d(3, 4, 1, whitening=WhiteningConfig(update_every=2, scale=scale))
+    for _ in range(18):
         layer(torch.randn(4, 3, 2, 2))
-        assert len(sent) == step + 1
-    with_mean, with_cov = 1 + 3, 1 + 3 + 3 * 3
-    assert sent == [with_mean + with_cov] * 17 + [with_mean]
+    with_mean, with_variance, with_cov = 1 + 3, 1 + 3 + 3, 1 + 3 + 3 * 3
+    if scale:  # the covariance is that of scaled channels
+        assert sent == [with_mean + with_variance, with_cov] * 17 + [with_mean + with_variance]
+    else:
+        assert sent == [with_mean + with_cov] * 17 + [with_mean]
 
 
 def test_alone_nothing_is_exchanged() -> None:
     blocks = Blocks.plan(3, Window(), 1, 64, "contiguous")
     moments = patch_moments(rows(5, 3), blocks)
     assert not distributed()
-    assert joined_moments([moments], blocks, torch.zeros(3))[0] is moments
+    assert joined_moments([Share(moments, blocks, torch.zeros(3))])[0] is moments
 
 
 # ---- two real processes ------------------------------------------------------------------------------------
@@ -166,6 +204,18 @@ LAYERS: dict[str, Any] = {
         (4, 4, 3),
         {"padding": 1},
         WhiteningConfig.paper(block_size=2, sampling_stride=2, sync=True),
+    ),
+    "kept_root": (
+        WhitenedConv2d,
+        (5, 4, 3),
+        {"padding": 1},
+        WhiteningConfig(block_size=2, scale=False, average="root", **EVERYWHERE),
+    ),
+    "biased": (
+        WhitenedConv2d,
+        (4, 4, 3),
+        {"groups": 4},
+        WhiteningConfig(debias=False, momentum=0.3, **EVERYWHERE),
     ),
     "linear": (WhitenedLinear, (5,), {}, WhiteningConfig(differentiable=True, momentum=None)),
     "channel": (ChannelWhitening, (3, 4), {}, WhiteningConfig(solver="eigh", differentiable=True, **EVERYWHERE)),
@@ -213,11 +263,22 @@ def run_apart(rank: int) -> dict[str, Any]:
     states = {}
     own = [dist.new_group([0]), dist.new_group([1])][rank]
     for name, change, group in (("switched_off", {"sync": False}, None), ("group_of_one", {}, own)):
-        layer = WhitenedLinear(3, 2, whitening=WhiteningConfig(**change))
+        layer = WhitenedConv2d(3, 2, 1, whitening=WhiteningConfig(**change))
         layer.whitening.process_group = group
-        layer(torch.full((4, 3), float(rank)))
-        states[name] = layer.whitening.running_mean
+        layer((1 + rank) * torch.tensor([-1.0, 3.0]).reshape(2, 1, 1, 1).expand(2, 3, 1, 2))
+        states[name] = torch.stack([layer.whitening.running_mean, layer.whitening.running_var])
     return states
+
+
+def run_single_pixels(rank: int) -> dict[str, Any]:
+    """Maps of one pixel, and none of them in the second process, which must not wait for the first one."""
+    torch.manual_seed(0)
+    layer = WhitenedConv2d(3, 2, 1)
+    x = torch.randn(4 * (1 - rank), 3, 1, 1)
+    y = layer(x)
+    y.sum().backward()
+    expected = torch.nn.functional.conv2d(x, layer.weight, layer.bias)
+    return {"output": y.detach(), "expected": expected.detach(), "steps": int(layer.whitening.num_steps)}
 
 
 def work(rank: int, folder: str) -> None:
@@ -234,6 +295,7 @@ def work(rank: int, folder: str) -> None:
         f"{name}-{kind}": run_steps(name, shares, rank) for name in LAYERS for kind, shares in SHARES.items()
     }
     results["poisoned"], results["apart"] = run_poisoned(rank), run_apart(rank)
+    results["pixels"] = run_single_pixels(rank)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -260,7 +322,7 @@ def test_two_processes_are_one_with_the_joined_batch(both: list[dict[str, Any]],
         assert each["state"].keys() == alone["state"].keys()
         for key, value in alone["state"].items():
             torch.testing.assert_close(each["state"][key], value, **JOINED, msg=key)
-    assert int(alone["state"]["num_updates"]) == (STEPS if name == "paper" else STEPS - 1)
+    assert int(alone["state"]["num_updates"]) == (STEPS if name in ("paper", "linear") else STEPS - 1)
 
 
 def test_a_batch_that_is_not_finite_in_one_process_is_left_out_in_both(both: list[dict[str, Any]]) -> None:
@@ -273,7 +335,14 @@ def test_a_batch_that_is_not_finite_in_one_process_is_left_out_in_both(both: lis
 
 @pytest.mark.parametrize("name", ["switched_off", "group_of_one"])
 def test_processes_may_stay_apart(both: list[dict[str, Any]], name: str) -> None:
-    assert [results["apart"][name].tolist() for results in both] == [[0] * 3, [1] * 3]
+    assert [results["apart"][name].tolist() for results in both] == [[[1] * 3, [4] * 3], [[2] * 3, [16] * 3]]
+
+
+def test_maps_of_one_pixel_keep_no_process_waiting(both: list[dict[str, Any]]) -> None:
+    assert [len(results["pixels"]["output"]) for results in both] == [4, 0]
+    for results in both:
+        torch.testing.assert_close(results["pixels"]["output"], results["pixels"]["expected"])
+        assert results["pixels"]["steps"] == 0
 
 
 def test_autocast_does_not_reach_the_joining() -> None:
@@ -287,10 +356,10 @@ def test_autocast_does_not_reach_the_joining() -> None:
 
 
 def test_a_process_follows_the_counters_that_were_broadcast_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = WhitenedLinear(4, 2, whitening=WhiteningConfig())
+    layer = WhitenedLinear(4, 2, whitening=WhiteningConfig(update_every=16))
     layer.whitening.num_steps.fill_(129)  # as DistributedDataParallel writes them: in place, without a word
     layer.whitening.num_updates.fill_(40)
     monkeypatch.setattr("netdeconv.nn.whitening.distributed", lambda group: True)
-    monkeypatch.setattr("netdeconv.nn.whitening.joined_moments", lambda several, *_: several)
+    monkeypatch.setattr("netdeconv.nn.whitening.joined_moments", lambda shares, _: [share.moments for share in shares])
     layer(torch.randn(8, 4))
     assert int(layer.whitening.num_updates) == 40, "step 129 is no refresh step"

@@ -16,14 +16,13 @@ def channel_variance(x: Tensor, *, max_rows: int | None = None) -> tuple[Tensor,
     With ``max_rows`` of some images only, evenly taken out of the batch: as many as have so many positions together,
     at a fraction of the memory traffic. The gradient then goes into these images alone.
 
-    Shapes: x ``(N, C, *spatial)`` -> ``(C,)``, ``(C,)``, in float32 at least, also under autocast. The mean comes
-    without gradient.
+    Shapes: x ``(N, C, *spatial)`` -> ``(C,)``, ``(C,)``, in float32 at least, also under autocast.
     """
     some = some_images(x, max_rows)
     dims = [0, *range(2, x.dim())]
     with without_autocast(x.device.type):
         some = some.to(torch.promote_types(x.dtype, torch.float32))
-        mean = some.detach().mean(dims)  # its own gradient would be that of a sum of differences: zero
+        mean = some.mean(dims)  # with gradient: second gradients need it, and variances joined over processes
         var = (some - along_channels(mean, x)).square().mean(dims)
     return mean, var, some.numel() // max(1, x.shape[1])
 

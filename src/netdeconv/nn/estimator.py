@@ -30,8 +30,8 @@ from netdeconv.functional import (
 
 __all__ = ["Estimator", "kind_of"]
 
-# Positions of a map whose variance stands for that of the batch: at least so many, of whole images.
-_ROWS_FOR_VARIANCE = 32768
+# A variance is that of some images of the batch, at least so many positions and so many images.
+_ROWS_FOR_VARIANCE, _IMAGES_FOR_VARIANCE = 8192, 16
 
 
 def kind_of(window: Window, channels: int, groups: int) -> str:
@@ -85,12 +85,12 @@ class Estimator:
 
     def variance_of(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """Mean and variance of every channel of x, and of how many entries they are; the variance has a gradient."""
-        return channel_variance(x, max_rows=_ROWS_FOR_VARIANCE)
+        return channel_variance(x, max_rows=_rows_for_variance(x))
 
-    def slope_of(self, var: Tensor, mean: Tensor, count: int) -> Slope:
-        """The gradient of the scale, where that is computed by hand; arguments from :meth:`variance_of`."""
+    def slope_of(self, x: Tensor, var: Tensor, mean: Tensor, count: int) -> Slope:
+        """The gradient of the scale, where that is computed by hand; arguments of and from :meth:`variance_of`."""
         share = (var > self.config.eps).to(var.dtype) / max(1, count)
-        return Slope(mean, share, _ROWS_FOR_VARIANCE, self.config.eps)
+        return Slope(mean, share, _rows_for_variance(x), self.config.eps)
 
     def scale_of(self, var: Tensor) -> Tensor:
         """What every channel is multiplied by; see :func:`netdeconv.functional.scale_of`."""
@@ -141,6 +141,11 @@ class Estimator:
         found = json.loads(serialized)
         window = Window(**{key: _tuples(value) for key, value in found["window"].items()})
         return cls(found["channels"], window, found["groups"], WhiteningConfig(**found["config"]), found["kind"])
+
+
+def _rows_for_variance(x: Tensor) -> int:
+    positions = x.numel() // max(1, x.shape[0] * x.shape[1])
+    return max(_ROWS_FOR_VARIANCE, _IMAGES_FOR_VARIANCE * positions)
 
 
 def _plain(number: Any) -> Any:

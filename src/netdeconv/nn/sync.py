@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from netdeconv.errors import StatisticsError
 from netdeconv.functional import Blocks, Moments
 from netdeconv.functional.precision import without_autocast
 
-__all__ = ["check_same_mode", "distributed", "joined_moments", "joined_variance"]
+__all__ = ["Share", "check_same_mode", "distributed", "joined_moments", "share_of_channels"]
 
 
 def distributed(process_group: Any = None) -> bool:
@@ -44,55 +44,54 @@ def check_same_mode(mine: bool, first: Tensor, label: str) -> None:
     )
 
 
-def joined_moments(
-    several: Sequence[Moments], blocks: Blocks, about: Tensor, process_group: Any = None
-) -> list[Moments]:
+class Share(NamedTuple):
+    """What one process has to say: moments of its rows, how the rows are cut, and a point, the same everywhere, that
+    sums are taken about, of ``blocks.mean_shape``."""
+
+    moments: Moments
+    blocks: Blocks
+    about: Tensor
+
+
+def joined_moments(shares: Sequence[Share], process_group: Any = None) -> list[Moments]:
     """Moments of the rows of all processes together, by one all-reduce of count-weighted sums.
 
-    Sums are taken about ``about``, the remembered mean, which is the same everywhere: taken about zero, a mean
-    that is large beside the deviation would cost the covariance its digits. Without covariances only the mean is
-    joined. Outside distributed training, and with one process, the moments come back unchanged. Differentiable.
+    Sums are taken about the running mean, or one near it: about zero, a mean that is large beside the deviation would
+    cost the covariance its digits. Without covariances only the mean is joined. Outside distributed training,
+    and with one process, the moments come back unchanged. Differentiable.
 
     Args:
-        several: moments of this process' rows, e.g. of all of them and of a sample; they travel together.
-        blocks: how the rows are cut.
-        about: of ``blocks.mean_shape``.
+        shares: e.g. of all rows and of a sample; they travel together.
         process_group: processes to join; ``None`` for all.
     """
     if not distributed(process_group):
-        return list(several)
-    with without_autocast(about.device.type):
+        return [share.moments for share in shares]
+    with without_autocast(shares[0].about.device.type):
         # An empty share still takes part, in the backward pass too, or the others would wait for it.
-        shares = [moments if moments.rows else _without_nan(moments) for moments in several]
-        sums = [_sums(share, blocks, about) for share in shares]
+        shares = [share if share.moments.rows else _without_nan(share) for share in shares]
+        sums = [_sums(share) for share in shares]
         joined = _all_reduce(torch.cat(sums), process_group).split([len(part) for part in sums])
-        return [_joined(part, share, blocks, about) for part, share in zip(joined, shares, strict=True)]
+        return [_joined(part, share) for part, share in zip(joined, shares, strict=True)]
 
 
-def joined_variance(mean: Tensor, var: Tensor, count: int, about: Tensor, process_group: Any = None) -> Tensor:
-    """The variance of the entries of all processes together, from mean, variance and number of those of each.
+def share_of_channels(mean: Tensor, var: Tensor, count: int, about: Tensor) -> Share:
+    """Mean and variance of every channel, ``(channels,)``, over so many entries, as moments that can be joined.
 
-    By one all-reduce of sums about ``about``, see :func:`joined_moments`. Differentiable in ``var``.
-
-    Shapes: mean, var and about ``(channels,)`` -> ``(channels,)``.
+    Both with their gradient: that of the joined variance goes through the mean of every process.
     """
-    if not distributed(process_group):
-        return var
-    away = mean - about.to(mean.dtype)
-    each = torch.cat([torch.ones_like(away[:1]), away, var + away.square()])
-    each = each if count else each.nan_to_num()  # an empty share still takes part
-    total = _all_reduce(each * count, process_group)
-    away, square = (total[1:] / total[0]).chunk(2)
-    return square - away.square()
+    blocks = Blocks(len(mean), 1, len(mean), 1)
+    return Share(Moments(mean, (var.reshape(blocks.root_shapes[0]),), count, count), blocks, about)
 
 
-def _without_nan(moments: Moments) -> Moments:
-    covs = tuple(cov.nan_to_num() for cov in moments.covs)
-    return moments._replace(mean=moments.mean.nan_to_num(), covs=covs)
+def _without_nan(share: Share) -> Share:
+    mean, covs, rows, total = share.moments
+    mean, covs = mean.nan_to_num(), tuple(cov.nan_to_num() for cov in covs)
+    return share._replace(moments=Moments(mean, covs, rows, total))
 
 
-def _sums(moments: Moments, blocks: Blocks, about: Tensor) -> Tensor:
+def _sums(share: Share) -> Tensor:
     """Count, and sums over the rows about ``about`` of what there are moments of, in one vector."""
+    moments, blocks, about = share
     total = moments.total
     count = total.reshape(1) if isinstance(total, Tensor) else moments.mean.new_full((1,), total)
     away = moments.mean - about.to(moments.mean.dtype)
@@ -100,8 +99,9 @@ def _sums(moments: Moments, blocks: Blocks, about: Tensor) -> Tensor:
     return torch.cat([count, away * count, *((cov + square).flatten() * count for cov, square in squares)])
 
 
-def _joined(sums: Tensor, mine: Moments, blocks: Blocks, about: Tensor) -> Moments:
-    """The moments that the sums of all processes give; shapes are those of ``mine``."""
+def _joined(sums: Tensor, share: Share) -> Moments:
+    """The moments that the sums of all processes give; shapes are those of the share's."""
+    mine, blocks, about = share
     total, sizes = sums[0], [mine.mean.numel(), *(cov.numel() for cov in mine.covs)]
     away, *squares = (sums[1:] / total).split(sizes)
     covs = tuple(

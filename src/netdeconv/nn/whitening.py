@@ -11,11 +11,11 @@ from torch import Tensor
 
 from netdeconv.config import WhiteningConfig
 from netdeconv.errors import StatisticsError
-from netdeconv.functional import Window
+from netdeconv.functional import Moments, Window
 from netdeconv.nn.estimator import Estimator
 from netdeconv.nn.refresh import all_finite, opaque_refresh, refreshed, usable
 from netdeconv.nn.running import Batch, RunningStatistics, Statistics, kept
-from netdeconv.nn.sync import check_same_mode, distributed, joined_moments, joined_variance
+from netdeconv.nn.sync import Share, check_same_mode, distributed, joined_moments, share_of_channels
 
 __all__ = ["Statistics", "Whitening"]
 
@@ -173,18 +173,40 @@ class Whitening(RunningStatistics):
 
     def _of_batch(self, x: Tensor, by_hand: bool = False) -> Batch:
         """What one batch says; the running values where it has none to say."""
+        return self._of_batch_and_sample(x, None, by_hand)[0]
+
+    def _of_batch_and_sample(
+        self, x: Tensor, sample: Moments | None, by_hand: bool
+    ) -> tuple[Batch, Moments | None]:
+        """:meth:`_of_batch`, and the moments of a sample, which those of other processes join in the same call."""
         moments = self.estimator.mean_of(x if self.config.differentiable else x.detach())
-        mean = self._joined(moments)
-        if self.running_var is None:
-            return self._or_running(Batch(mean, None, None, all_finite((mean,))))
-        channel_mean, var, count = self.estimator.variance_of(x.detach() if by_hand else x)
+        channels = None if self.running_var is None else self.estimator.variance_of(x.detach() if by_hand else x)
         if self._shared():
-            about = self.blocks.spread_mean(self.running_mean).reshape(-1, self.blocks.taps).mean(1)
-            var = joined_variance(channel_mean, var, count, about, self.process_group)
+            moments, sample, channels = self._joined(moments, sample, channels)
+        if channels is None:
+            return self._or_running(Batch(moments.mean, None, None, all_finite((moments.mean,)))), sample
+        channel_mean, var, count = channels
         largest = var.detach().amax()
-        counts = all_finite((mean, largest)) & (largest > 0)
-        slope = self.estimator.slope_of(var, channel_mean, count) if by_hand else None
-        return self._or_running(Batch(mean, var, slope, counts))
+        counts = all_finite((moments.mean, largest)) & (largest > 0)
+        slope = self.estimator.slope_of(x, var, channel_mean, count) if by_hand else None
+        return self._or_running(Batch(moments.mean, var, slope, counts)), sample
+
+    def _joined(
+        self, moments: Moments, sample: Moments | None, channels: tuple[Tensor, Tensor, int] | None
+    ) -> tuple[Moments, Moments | None, tuple[Tensor, Tensor, int] | None]:
+        """The same over the shares of all processes."""
+        about = self.running_mean
+        shares = [Share(each, self.blocks, about) for each in (moments, sample) if each is not None]
+        if channels is not None:
+            of_channels = self.blocks.spread_mean(about).reshape(-1, self.blocks.taps).mean(1)
+            shares.append(share_of_channels(*channels, of_channels))
+        moments, *rest = joined_moments(shares, self.process_group)
+        if channels is not None:
+            mean, (var,), count, _ = rest.pop()
+            channels = mean, var.flatten(), count
+        if not self.config.differentiable:  # that of the variance has come along
+            moments = moments._replace(mean=moments.mean.detach())
+        return moments, rest[0] if rest else None, channels
 
     def _or_running(self, batch: Batch) -> Batch:
         """The batch, or the running values, which are constants, where it does not count."""
@@ -210,17 +232,8 @@ class Whitening(RunningStatistics):
 
     def _refresh(self, x: Tensor, again: bool, by_hand: bool) -> Statistics:
         """Mean, scale and root of this batch, or the running ones where they cannot be used."""
-        batch = self._of_batch(x, by_hand)
-        var = batch.var if batch.var is None or self.config.differentiable else batch.var.detach()
-        scale = None if var is None else self.estimator.scale_of(var)
         turn = self.num_updates - 1 if again else self.num_updates
-        seen = x if self.config.differentiable else x.detach()
-        moments = self.estimator.sample_moments(seen, turn, scale, factored=not self._shared())
-        if self._shared():
-            about = self.running_mean
-            if scale is not None:
-                about = about.to(scale.dtype) * self.blocks.of_channels(scale).flatten()
-            (moments,) = joined_moments([moments], self.blocks, about, self.process_group)
+        batch, moments, scale = self._of_batch_and_scaled_sample(x, turn, by_hand)
         if self.config.sampling == "corner":  # as published, the mean is the sample's
             batch = self._with_mean_of_sample(batch, moments.mean, scale)
         if again and self.config.average == "covariance":  # it is part of the average already
@@ -233,6 +246,26 @@ class Whitening(RunningStatistics):
             self._remember(batch, due=True)
             self._remember_roots(roots, new, counts)
         return self._statistics(batch, roots)
+
+    def _of_batch_and_scaled_sample(
+        self, x: Tensor, turn: Tensor, by_hand: bool
+    ) -> tuple[Batch, Moments, Tensor | None]:
+        """:meth:`_of_batch`, the moments of a sample of scaled channels, and their scale."""
+        differentiable, factored = self.config.differentiable, not self._shared()
+        seen = x if differentiable else x.detach()
+        if self.running_var is None:
+            sample = self.estimator.sample_moments(seen, turn, factored=factored)
+            batch, joined = self._of_batch_and_sample(x, sample, by_hand)
+            assert joined is not None
+            return batch, joined, None
+        batch = self._of_batch(x, by_hand)
+        assert batch.var is not None
+        scale = self.estimator.scale_of(batch.var if differentiable else batch.var.detach())
+        moments = self.estimator.sample_moments(seen, turn, scale, factored=factored)
+        if self._shared():
+            about = self.running_mean.to(scale.dtype) * self.blocks.of_channels(scale.detach()).flatten()
+            (moments,) = joined_moments([Share(moments, self.blocks, about)], self.process_group)
+        return batch, moments, scale
 
     def _with_mean_of_sample(self, batch: Batch, mean: Tensor, scale: Tensor | None) -> Batch:
         mean = mean if scale is None else mean / self.blocks.of_channels(scale).flatten()
@@ -256,13 +289,6 @@ class Whitening(RunningStatistics):
         """
         settings = self.config
         return not (settings.differentiable or settings.sampling == "corner" or settings.solver == "eigh")
-
-    def _joined(self, moments: Any) -> Tensor:
-        """The mean of all processes' patches."""
-        if not self._shared():
-            mean: Tensor = moments.mean
-            return mean
-        return joined_moments([moments], self.blocks, self.running_mean, self.process_group)[0].mean
 
     def train(self, mode: bool = True) -> Whitening:
         """Switch mode, and bring what Python knows of the counters up to date."""
