@@ -91,14 +91,14 @@ def sized(rank: int) -> Tensor:
     return torch.randn(SIZES[rank], dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
 
 
-def sized_layer() -> WhitenedConv2d:
+def sized_layer(scale: bool) -> WhitenedConv2d:
     torch.manual_seed(0)
-    config = WhiteningConfig(differentiable=True, max_samples=None, solver="newton_schulz")
+    config = WhiteningConfig(differentiable=True, max_samples=None, solver="newton_schulz", scale=scale)
     return WhitenedConv2d(2, 3, 3, padding=1, dtype=torch.float64, whitening=config)
 
 
-def run_sizes(rank: int) -> dict[str, Any]:
-    layer, x = sized_layer(), sized(rank).requires_grad_()
+def run_sizes(rank: int, scale: bool) -> dict[str, Any]:
+    layer, x = sized_layer(scale), sized(rank).requires_grad_()
     y = layer(x)
     y.square().sum().backward()
     return {"output": y.detach(), "grad": x.grad, "state": layer.whitening.state_dict()}
@@ -151,7 +151,8 @@ def work(rank: int, folder: str) -> None:
         kind: lambda name=name, shares=shares: run_ddp(name, shares, rank)  # type: ignore[misc]
         for kind, (name, shares) in NETWORKS.items()
     }
-    cases |= {"fsdp": lambda: run_fsdp(rank), "sizes": lambda: run_sizes(rank), "alone": lambda: run_alone(rank)}
+    cases |= {"fsdp": lambda: run_fsdp(rank), "alone": lambda: run_alone(rank)}
+    cases |= {"sizes": lambda: run_sizes(rank, False), "sizes, scaled": lambda: run_sizes(rank, True)}
     cases |= {
         f"{mode} {who}": lambda mode=mode, who=who: run_mixed(mode, who, rank)  # type: ignore[misc]
         for mode, who in MIXED
@@ -201,23 +202,30 @@ def test_fsdp2_is_one_process_with_the_joined_batch(both: list[dict[str, Any]]) 
         torch.testing.assert_close(ours[1]["evaluated"], model.eval()(images(0)), **JOINED)
 
 
-def test_maps_of_different_sizes_are_weighted_by_their_patches(both: list[dict[str, Any]]) -> None:
-    layer, xs = sized_layer(), [sized(rank).requires_grad_() for rank in range(2)]
+@pytest.mark.parametrize("scale", [False, True])
+def test_maps_of_different_sizes_are_weighted_by_their_patches(both: list[dict[str, Any]], scale: bool) -> None:
+    layer, xs = sized_layer(scale), [sized(rank).requires_grad_() for rank in range(2)]
     whitening = layer.whitening
     samples = [whitening.estimator.sample(x, max_samples=None, turn=whitening.num_updates) for x in xs]
     everywhere = [F.unfold(x, 3, padding=1).mT.flatten(0, 1) for x in xs]
     mean = torch.cat(everywhere).mean(0)
-    (cov,) = patch_moments(torch.cat([sample.rows for sample in samples]), whitening.blocks).covs
-    root = inverse_sqrt(cov + whitening.config.eps * torch.eye(18), solver="newton_schulz")
-    weight = layer.weight.flatten(1) @ root
+    entries = torch.cat([x.transpose(0, 1).flatten(1) for x in xs], 1)
+    var = entries.var(1, correction=0) if scale else torch.ones(2, dtype=torch.float64)
+    by_tap = var.rsqrt().repeat_interleave(9)
+    (cov,) = patch_moments(torch.cat([sample.rows for sample in samples]) * by_tap, whitening.blocks).covs
+    root = inverse_sqrt(cov + whitening.config.eps * torch.eye(18), num_iters=3, solver="newton_schulz")
+    weight = layer.weight.flatten(1) @ root * by_tap
     bias = layer.bias - weight @ mean
     outputs = [F.conv2d(x, weight.reshape(layer.weight.shape), bias, padding=1) for x in xs]
     torch.stack([y.square().sum() for y in outputs]).sum().backward()
     for x, y, results in zip(xs, outputs, both, strict=True):
-        torch.testing.assert_close(results["sizes"]["output"], y.detach(), **JOINED)
-        torch.testing.assert_close(results["sizes"]["grad"], x.grad, **JOINED)
-        torch.testing.assert_close(results["sizes"]["state"]["running_mean"], mean.detach(), **JOINED)
-        torch.testing.assert_close(results["sizes"]["state"]["running_root"], root.detach(), **JOINED)
+        ours = results["sizes, scaled" if scale else "sizes"]
+        torch.testing.assert_close(ours["output"], y.detach(), **JOINED)
+        torch.testing.assert_close(ours["grad"], x.grad, **JOINED)
+        torch.testing.assert_close(ours["state"]["running_mean"], mean.detach(), **JOINED)
+        torch.testing.assert_close(ours["state"]["running_root"], root.detach(), **JOINED)
+        if scale:
+            torch.testing.assert_close(ours["state"]["running_var"], var.detach(), **JOINED)
 
 
 def test_a_process_that_evaluates_alone_keeps_nobody_waiting(both: list[dict[str, Any]]) -> None:
