@@ -170,6 +170,13 @@ def inputs(layer: nn.Module, seed: int) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
+def change_variance(layer: Any) -> None:
+    variance = layer.whitening.running_var
+    assert (variance is None) == isinstance(layer, nn.Linear)
+    if variance is not None:
+        variance.data.mul_(1.1)
+
+
 def layers() -> list[Any]:
     config = WhiteningConfig(block_size=2)
     return [WhitenedConv2d(5, 4, 3, bias=False, whitening=config), WhitenedLinear(5, 4, whitening=config)]
@@ -192,13 +199,14 @@ def optimise(layer: Any) -> None:
         train_once,
         optimise,
         lambda layer: layer.weight.data.mul_(1.01),
+        change_variance,
         lambda layer: layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()}),
         lambda layer: layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()}, assign=True),
         lambda layer: layer.whitening.reset_statistics() or layer.whitening.num_updates.fill_(1),
         lambda layer: layer.double().float(),
         lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight * 2)),
     ],
-    ids=["step", "optimiser", "data", "load", "assign", "reset", "convert", "replace"],
+    ids=["step", "optimiser", "data", "variance", "load", "assign", "reset", "convert", "replace"],
 )
 def test_a_layer_in_evaluation_always_uses_its_present_state(
     layer: Any, mode: Any, change: Callable[[Any], Any]

@@ -32,13 +32,16 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.autograd.function.Function.* should not be instantiated"),
 ]
 
+KEPT_ROOT = WhiteningConfig(scale=False, average="root", differentiable=False, update_every=16, num_iters=5)
 CONFIGS = {
     "default": None,
     "parts": PARTS,
+    "kept_root": KEPT_ROOT,
     "paper": WhiteningConfig.paper(),
     "quintic": WhiteningConfig(num_iters=15, eps=1e-3),
     "eigh": WhiteningConfig(solver="eigh", eps=1e-3),
 }
+WITHOUT_WAITING = ("default", "parts", "kept_root", "paper")  # eigh waits by itself
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 # Sums in another order, in float64; an iteration amplifies rounding by 1.5**15 = 438 per factor at most.
 TIGHT: dict[str, Any] = {"rtol": 1e-7, "atol": 1e-9}
@@ -92,6 +95,17 @@ def test_steps_are_those_of_the_cpu(kind: Kind, config: WhiteningConfig | None) 
         torch.testing.assert_close(there.eval().cuda()(x.cuda()).cpu(), here.eval()(x), **TIGHT)
 
 
+def test_the_scale_is_that_of_the_same_images_of_a_large_batch() -> None:
+    kind = BY_NAME["conv2d"]
+    here = kind.layer(dtype=torch.float64)
+    there = copy.deepcopy(here).cuda()
+    for step in range(18):  # 600 maps of 30 positions: every second image
+        x = kind.input(batch=600, seed=step, dtype=torch.float64)
+        for mine, its in zip(train(here, x), train(there, x.cuda()), strict=True):
+            torch.testing.assert_close(its.cpu(), mine, **TIGHT)
+    assert_same_state(there.cpu(), here, **TIGHT)
+
+
 @every_kind
 def test_single_precision_is_near_double(kind: Kind, exact_float32: None) -> None:
     exact = kind.layer(dtype=torch.float64)
@@ -104,7 +118,7 @@ def test_single_precision_is_near_double(kind: Kind, exact_float32: None) -> Non
 
 
 @every_kind
-@pytest.mark.parametrize("config", [None, PARTS, WhiteningConfig.paper()], ids=["default", "parts", "paper"])
+@pytest.mark.parametrize("config", [CONFIGS[name] for name in WITHOUT_WAITING], ids=WITHOUT_WAITING)
 def test_no_step_waits_for_the_device(kind: Kind, config: WhiteningConfig | None) -> None:
     layer = kind.layer(config).cuda()
     inputs = [kind.input(seed=step).cuda().requires_grad_() for step in range(21)]
@@ -173,7 +187,7 @@ def test_compiled_steps_are_eager_steps(mode: str, exact_float32: None) -> None:
         torch.testing.assert_close(compiled(x), eager(x), **SINGLE)
 
 
-def test_an_overflow_is_left_out_and_reported_when_the_mode_changes() -> None:
+def test_batches_without_statistics_are_left_out_and_reported_when_the_mode_changes() -> None:
     kind = BY_NAME["conv2d"]
     layer = kind.trained(3).cuda()
     before = {name: value.clone() for name, value in layer.state_dict().items() if "running" in name}
@@ -183,9 +197,10 @@ def test_an_overflow_is_left_out_and_reported_when_the_mode_changes() -> None:
             x = kind.input().cuda()
             x[0, 0, 0, 0] = bad
             layer(x)
+        layer(torch.full_like(x, 3.0))
     for name, value in before.items():
         torch.testing.assert_close(layer.state_dict()[name], value, rtol=1e-6, atol=1e-7)
-    with pytest.warns(NonFiniteWarning, match=r"2 step\(s\)"):
+    with pytest.warns(NonFiniteWarning, match=r"3 step\(s\)"):
         layer.eval()
 
 
