@@ -14,7 +14,9 @@ from netdeconv.functional.constants import without_caching
 from netdeconv.nn.averages import blended, blended_root, refresh_weight, update_weight
 from netdeconv.nn.estimator import Estimator
 
-__all__ = ["Counters", "Refreshed", "all_finite", "opaque_refresh", "refreshed", "usable"]
+__all__ = ["Counters", "Refreshed", "all_finite", "opaque_refresh", "refreshed", "usable", "varies"]
+
+_ROUNDING = 64  # in units of the last place: means of a million equal numbers were seen to be off by 11
 
 
 class Counters(NamedTuple):
@@ -39,14 +41,33 @@ def all_finite(values: Sequence[Tensor]) -> Tensor:
     return (largest[0] if len(largest) == 1 else torch.stack(largest).amax()) < math.inf
 
 
+def varies(var: Tensor, square_of_mean: Tensor) -> Tensor:
+    """Whether any of these variances is more than what rounding makes of a constant."""
+    tolerance = (_ROUNDING * torch.finfo(var.dtype).eps) ** 2
+    return (var.detach() > tolerance * square_of_mean.detach()).any()
+
+
 def usable(estimator: Estimator, moments: Moments) -> Tensor | bool:
     """Whether there is a covariance to take a root of: a single row or a constant batch has none.
 
     As published, a root is taken all the same, and multiplies by one over the root of eps.
     """
+    blocks = estimator.blocks
     if not (estimator.config.debias and moments.covs):
         return True
-    return torch.stack([cov.detach().abs().amax() for cov in moments.covs]).amax() > 0
+    grouped = moments.mean.reshape(blocks.groups, -1)
+    means = [grouped.unsqueeze(1)] if blocks.pool_mean else blocks.split(grouped)
+    each = [
+        varies(_variances(cov), mean.square().mean(1).reshape(*cov.shape[:-2], -1))
+        for cov, mean in zip(moments.covs, means, strict=True)
+    ]
+    return torch.stack(each).any()
+
+
+def _variances(cov: Tensor) -> Tensor:
+    """The diagonal of a covariance, or of the one that a factor stands for."""
+    rows, features = cov.shape[-2:]
+    return cov.square().sum(-2) if rows < features else cov.flatten(-2)[..., :: features + 1]
 
 
 def refreshed(

@@ -13,7 +13,7 @@ from netdeconv.config import WhiteningConfig
 from netdeconv.errors import StatisticsError
 from netdeconv.functional import Moments, Window
 from netdeconv.nn.estimator import Estimator
-from netdeconv.nn.refresh import all_finite, opaque_refresh, refreshed, usable
+from netdeconv.nn.refresh import all_finite, opaque_refresh, refreshed, usable, varies
 from netdeconv.nn.running import Batch, RunningStatistics, Statistics, kept
 from netdeconv.nn.sync import Share, check_same_mode, distributed, joined_moments, share_of_channels
 
@@ -175,9 +175,7 @@ class Whitening(RunningStatistics):
         """What one batch says; the running values where it has none to say."""
         return self._of_batch_and_sample(x, None, by_hand)[0]
 
-    def _of_batch_and_sample(
-        self, x: Tensor, sample: Moments | None, by_hand: bool
-    ) -> tuple[Batch, Moments | None]:
+    def _of_batch_and_sample(self, x: Tensor, sample: Moments | None, by_hand: bool) -> tuple[Batch, Moments | None]:
         """:meth:`_of_batch`, and the moments of a sample, which those of other processes join in the same call."""
         moments = self.estimator.mean_of(x if self.config.differentiable else x.detach())
         channels = None if self.running_var is None else self.estimator.variance_of(x.detach() if by_hand else x)
@@ -186,8 +184,7 @@ class Whitening(RunningStatistics):
         if channels is None:
             return self._or_running(Batch(moments.mean, None, None, all_finite((moments.mean,)))), sample
         channel_mean, var, count = channels
-        largest = var.detach().amax()
-        counts = all_finite((moments.mean, largest)) & (largest > 0)
+        counts = all_finite((moments.mean, var)) & varies(var, channel_mean.square())
         slope = self.estimator.slope_of(x, var, channel_mean, count) if by_hand else None
         return self._or_running(Batch(moments.mean, var, slope, counts)), sample
 
