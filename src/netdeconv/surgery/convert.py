@@ -54,10 +54,8 @@ def convert(
 
     Args:
         model: any module.
-        whitening: settings for all layers, of which linear layers get :meth:`WhiteningConfig.for_linear` and depthwise
-            convolutions :meth:`WhiteningConfig.for_depthwise`; or a function of path and layer that returns settings,
-            taken literally. ``None`` for the defaults, with ``preserve`` those with ``sampling="spread",
-            momentum=0.2``.
+        whitening: settings for all layers, of which each chooses by its kind what is ``None`` in them; or a function of
+            path and layer that returns settings. ``None`` for the defaults.
         include, exclude, rules: see :func:`netdeconv.plan_conversion`.
         preserve: batches to be run through the model: a tensor, or an iterable of them. Of a list or tuple the
             first entry is taken, as data loaders give ``(images, labels)``; a mapping is passed by keyword.
@@ -94,7 +92,7 @@ def converted(
     check_model(model)  # refuse before the work of copying
     new = copied(model, "convert")
     FirstRun.remove(new)
-    plan = _rewrite(new, selection, rules)
+    plan = _rewrite(new, whitening, selection, rules)
     selection.check_used()
     _warn_of_leftovers(plan)
     if preserve is None:
@@ -120,11 +118,13 @@ def _from_scratch(new: nn.Module, plan: ConversionPlan, whitening: Setting) -> N
             become(module, found.without(alone=module in alone))
 
 
-def _rewrite(model: nn.Module, selection: Selection, rules: Mapping[type, Rule] | None) -> ConversionPlan:
+def _rewrite(
+    model: nn.Module, whitening: Setting, selection: Selection, rules: Mapping[type, Rule] | None
+) -> ConversionPlan:
     """Rewrite, in place, what rules apply to, until no rule applies; the plan of the result."""
     done: dict[nn.Module, bool] = {}
     while True:
-        plan = survey(model, selection, rules, done)
+        plan = survey(model, whitening, selection, rules, done)
         entries = plan.where(Action.REWRITE)
         if not entries:
             return plan

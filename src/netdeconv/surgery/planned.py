@@ -13,6 +13,7 @@ from netdeconv.surgery.survey import survey
 if TYPE_CHECKING:
     from torch import nn
 
+    from netdeconv.surgery.layers import Setting
     from netdeconv.surgery.plan import ConversionPlan
     from netdeconv.surgery.rewrite import Rule
     from netdeconv.surgery.select import Pattern
@@ -22,6 +23,7 @@ __all__ = ["plan_conversion"]
 
 def plan_conversion(
     model: nn.Module,
+    whitening: Setting = None,
     *,
     include: Pattern | Iterable[Pattern] | None = None,
     exclude: Pattern | Iterable[Pattern] | None = None,
@@ -34,12 +36,16 @@ def plan_conversion(
     Layers and batch norms are taken as they stand in the module tree, wherever that is. Left as they are, with
     the reason in the plan: layers whose weights are read by another module's forward (attention projections of
     ``torch.nn.MultiheadAttention``, say), subclasses with a forward of their own, parametrised, quantised, lazy
-    and transposed layers, and the batch norms next to them, whose place no whitening takes.
+    and transposed layers, 1x1 convolutions that are seen to stand behind a global pooling (in an ``nn.Sequential``, or
+    in squeeze and excitation), and the batch norms next to them, whose place no whitening takes.
 
     Args:
         model: any module.
+        whitening: as in :func:`netdeconv.convert`. The published procedure whitens behind a global pooling, too.
         include, exclude: paths (``"layer4"``, ``"*.conv1"``) or module classes, both with everything inside, or
-            functions of path and module. All modules by default.
+            functions of path and module. All modules by default. A layer behind a global pooling that a path or a
+            function of ``include`` chooses itself is whitened; where its map does turn out to be of one pixel
+            only, it computes what the plain layer does all the same.
         rules: for a module class a function that takes a module of it and returns plain torch modules that compute
             the same; these are then looked at in turn. ``None`` returned leaves the module.
         preserve, call: as in :func:`netdeconv.convert`, for the plan of a conversion that preserves the output: it
@@ -66,8 +72,8 @@ def plan_conversion(
     if preserve is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # what they say stands in the plan
-            return converted(model, None, include, exclude, rules, preserve, call)[1]
+            return converted(model, whitening, include, exclude, rules, preserve, call)[1]
     selection = Selection(include, exclude)
-    plan = survey(model, selection, rules, {})
+    plan = survey(model, whitening, selection, rules, {})
     selection.check_used()
     return plan

@@ -40,6 +40,15 @@ class Selection:
         chosen = [self._matches(pattern, path, module) for pattern in self.include or ()]
         return None if self.include is None or any(chosen) else "not in include"
 
+    def names(self, path: str, module: nn.Module) -> bool:
+        """Whether a path or a function of ``include`` chooses this module itself, not what it is inside of."""
+        return any(
+            fnmatch.fnmatchcase(path, pattern)
+            if isinstance(pattern, str)
+            else not isinstance(pattern, type) and bool(pattern(path, module))
+            for pattern in self.include or ()
+        )
+
     def check_used(self) -> None:
         """Complain about a pattern that matched nothing, most often a misspelt path.
 

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from netdeconv.config import WhiteningConfig
 from netdeconv.errors import ConfigError
 from netdeconv.nn import ChannelWhitening, Whitening
 from netdeconv.nn.layer import WhitenedLayer
 from netdeconv.surgery.flow import Flow
+from netdeconv.surgery.layers import Setting, setting_for
 from netdeconv.surgery.plan import Action, ConversionPlan, Entry
+from netdeconv.surgery.pooled import behind_global_pooling
 from netdeconv.surgery.recognise import batch_norm, is_layer, is_like_batch_norm, is_quantised, why_not_whiten
 from netdeconv.surgery.rewrite import Rule, rule_for
 from netdeconv.surgery.select import Selection
@@ -25,11 +28,16 @@ _WRAPPERS = {"OptimizedModule", "DataParallel", "DistributedDataParallel", "Full
 
 
 def survey(
-    model: nn.Module, selection: Selection, rules: Mapping[type, Rule] | None, rewritten: Mapping[nn.Module, bool]
+    model: nn.Module,
+    whitening: Setting,
+    selection: Selection,
+    rules: Mapping[type, Rule] | None,
+    rewritten: Mapping[nn.Module, bool],
 ) -> ConversionPlan:
     """The plan of a model; ``rewritten`` says for modules that a rule has seen whether it rewrote them."""
     check_model(model)
     read = read_by_others(model)
+    pooled = behind_global_pooling(model)
     entries: dict[nn.Module, Entry] = {}
     hidden: set[nn.Module] = set()  # inside a module that goes as a whole
     left: dict[nn.Module, Entry] = {}  # inside a layer or batch norm that is left: that one
@@ -47,18 +55,30 @@ def survey(
             entry = dataclasses.replace(entry, why=rule[1])
         if module in left and (entry.norm or is_quantised(module)) and entry.action in (Action.REMOVE, Action.WHITEN):
             entry = _left_with(entry, f"inside {left[module].path}, which is left", left[module])
+        if entry.action is Action.WHITEN and module in pooled and not (aliases or selection.names(path, module)):
+            entry = _plain_if_pooled(entry, setting_for(whitening, path, module))
         if entry.action is Action.LEAVE and (concerned or module in rewritten):
             left |= dict.fromkeys(set(module.modules()) - {module} - set(left), entry)
         elif entry.action in (Action.WHITEN, Action.REMOVE, Action.REWRITE):
             hidden |= set(module.modules())
         entries[module] = entry
-    _keep_what_nothing_replaces(model, entries)
+    _keep_what_nothing_replaces(model, entries, pooled)
     gone = any(entry.norm and entry.action is Action.REMOVE for entry in entries.values())
     return ConversionPlan(tuple(_with_bias(entry, module, gone) for module, entry in entries.items()))
 
 
-def _keep_what_nothing_replaces(model: nn.Module, entries: dict[nn.Module, Entry]) -> None:
-    """Leave the batch norms of layers that stay plain: whitening takes the place of those next to whitened layers."""
+def _plain_if_pooled(entry: Entry, config: WhiteningConfig | None) -> Entry:
+    """The entry of a layer behind a global pooling, which only the published procedure whitens."""
+    if config is not None and not config.debias:
+        return entry
+    return dataclasses.replace(entry, action=Action.LEAVE, why="behind a global pooling it sees one row per image")
+
+
+def _keep_what_nothing_replaces(model: nn.Module, entries: dict[nn.Module, Entry], pooled: set[nn.Module]) -> None:
+    """Leave the batch norms of layers that stay plain: whitening takes the place of those next to whitened layers.
+
+    Before a pooled layer stands the pooling: of the map that a batch norm gives, others are the readers.
+    """
     plain = {module for module, entry in entries.items() if entry.action is Action.LEAVE and is_layer(module)}
     removed = [module for module, entry in entries.items() if entry.action is Action.REMOVE]
     if not (plain and removed):
@@ -70,7 +90,7 @@ def _keep_what_nothing_replaces(model: nn.Module, entries: dict[nn.Module, Entry
         if cause is not None:
             why = f"it normalises the output of {entries[cause].path or 'the model'}, which is left"
             entries[norm] = _left_with(entries[norm], why, entries[cause])
-        elif not before and after and after <= plain:
+        elif not before and after and after <= plain - pooled:
             cause = next(layer for layer in entries if layer in after)
             why = f"it normalises the input of {entries[cause].path}, which is left"
             entries[norm] = _left_with(entries[norm], why, entries[cause])
