@@ -114,6 +114,8 @@ class Whitening(RunningStatistics):
             return self._running(self._last_roots())
         again = _in_backward()  # activation checkpointing runs the forward a second time
         due = self.clock.was_due if again else self.clock.due
+        if due and not again and self._pointwise():
+            self.num_updates.mul_(self.num_steps > 0)  # a batch of few rows let evaluation begin, and was no refresh
         if not due:
             found = self._ordinary(x, again, by_hand)
         elif torch.compiler.is_compiling() and not shared and self._may_be_opaque():
@@ -131,8 +133,11 @@ class Whitening(RunningStatistics):
 
     def _sees_single_pixels(self, x: Tensor) -> bool:
         """:meth:`sees_few_rows`, or would if there were images: no process of several may wait for the others then."""
-        pointwise = self.estimator.kind in ("1x1", "grouped", "depthwise") and self.window.taps == 1
-        return pointwise and self.config.debias and math.prod(x.shape[2:]) == 1
+        return self._pointwise() and math.prod(x.shape[2:]) == 1
+
+    def _pointwise(self) -> bool:
+        convolution = self.estimator.kind in ("1x1", "grouped", "depthwise")
+        return convolution and self.window.taps == 1 and self.config.debias
 
     def scales_alone(self) -> bool:
         """Whether a step now has one gradient through the statistics, that of the scale, and in this process only."""
