@@ -10,7 +10,7 @@ from netdeconv.surgery.recognise import is_like_batch_norm, is_sequence
 
 __all__ = ["behind_global_pooling"]
 
-_POOLINGS: tuple[type, ...] = (
+_POOLINGS: tuple[Any, ...] = (
     nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
     nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
 )  # fmt: skip
@@ -39,8 +39,8 @@ def behind_global_pooling(model: nn.Module) -> set[nn.Module]:
         kind = type(module).__name__
         if is_sequence(module) or kind in _SEQUENCES:
             _through(module, False, found)
-        squeezed = (getattr(module, name, None) for name in _SQUEEZED.get(kind, ()))
-        found |= {layer for layer in squeezed if _is_pointwise(layer)}
+        children = dict(module.named_children())
+        found |= {children[name] for name in _SQUEEZED.get(kind, ()) if _is_pointwise(children.get(name))}
     return found
 
 
