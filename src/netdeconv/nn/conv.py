@@ -27,7 +27,7 @@ class _WhitenedConv(WhitenedLayer):
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
-    padding_mode: str
+    padding_mode: Any
     _reversed_padding_repeated_twice: list[int]
     _conv_forward: Any
 
