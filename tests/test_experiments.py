@@ -13,7 +13,7 @@ from filelock import FileLock
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from netdeconv import WhitenedConv2d, WhiteningConfig
+from netdeconv import WhitenedConv2d, WhitenedLinear, WhiteningConfig
 from netdeconv.cli import main
 from netdeconv.lab import plots
 from netdeconv.lab.experiments import trials
@@ -72,14 +72,33 @@ def test_the_parts_by_hand() -> None:
     assert published["root"] == 3 * 2 * 12 * 36**3
     assert published["fold"] == 3 * 2 * 12 * 2 * 36**2
     default = whitening_flops(LAYER.whitened(WhiteningConfig()), x)
-    assert default["root"] == 2 * 6 * 72**3 / 16
-    assert default["fold"] == 2 * 2 * 12 * 72**2 + x.numel()
+    assert default["root"] == 2 * 3 * 72**3 / 16
+    assert default["fold"] == 2 * 2 * 12 * 72**2 + (1 + 7) * x.numel()  # the mean, and the variance of the channels
+    unscaled = whitening_flops(LAYER.whitened(WhiteningConfig(scale=False)), x)
+    assert unscaled["fold"] == 2 * 2 * 12 * 72**2 + x.numel()
+
+
+@pytest.mark.parametrize(
+    ("options", "products"),
+    [
+        ({"num_iters": 1}, 0), ({"num_iters": 2}, 2), ({"num_iters": 5}, 6), ({"num_iters": 7}, 18),
+        ({"num_iters": 15}, 17), ({"num_iters": 2, "solver": "newton_schulz"}, 3),
+    ],
+)  # fmt: skip
+def test_the_products_of_the_root_are_counted_as_torch_counts_them(options: dict[str, Any], products: int) -> None:
+    layer = LAYER.whitened(WhiteningConfig(update_every=1, **options))
+    assert whitening_flops(layer, torch.randn(4, 8, 6, 6))["root"] == 2 * products * 72**3
+    with FlopCounterMode(display=False) as counter:
+        layer.whitening.estimator.root_of(torch.eye(72))
+    # The recurrence's sums of a few matrices are no products of n x n, but torch may make one of them.
+    assert counter.get_total_flops() == pytest.approx(2 * products * 72**3, rel=0.1, abs=0)
 
 
 def test_a_smaller_last_block_has_its_own_root() -> None:
-    flops = whitening_flops(WhitenedConv2d(10, 4, 1, whitening=WhiteningConfig(block_size=4)), torch.randn(2, 10, 3, 3))
+    config = WhiteningConfig(block_size=4, num_iters=5)
+    flops = whitening_flops(WhitenedConv2d(10, 4, 1, whitening=config), torch.randn(2, 10, 3, 3))
     assert flops["root"] == 2 * 6 * (4**3 + 2**3) / 16
-    assert flops["fold"] == 2 * 2 * 4 * (2 * 4**2 + 2**2) + 180
+    assert flops["fold"] == 2 * 2 * 4 * (2 * 4**2 + 2**2) + 8 * 180
 
 
 def test_layers_of_a_network_are_found_with_their_maps() -> None:
@@ -146,12 +165,27 @@ def test_batch_size_says_what_its_numbers_say() -> None:
 
 def test_ablation_says_what_its_numbers_say() -> None:
     runs = [run_of("nd", 0.1, 0.60), run_of("nd", 0.1, 0.62, seed=1), run_of("bn", 0.02, 0.5)]
+    runs += [run_of("nd", 0.1, 0.61, whitening={"scale": False}), run_of("nd", 0.1, 0.61, whitening={"block_size": 8})]
     runs += [run_of("nd", 0.1, 0.62, whitening={"eps": 0.1}), run_of("nd", 0.1, 0.4, whitening={"num_iters": 15})]
     found = shown("ablation", runs)
     assert "The default is 11.0 points above the better of 1 rates of batch normalisation." in found.verdict
-    assert "Of 2 changes 1 move the accuracy by more than twice" in found.verdict
+    assert "Of 4 changes 1 move the accuracy by more than twice" in found.verdict
     assert "iterations 15 (-21.0)" in found.verdict
-    assert found.tables[0].rows[2][0] == "eps 0.1 (default 1e-05)"
+    names = [row[0] for row in found.tables[0].rows]
+    assert names[2:] == [
+        "scaled channels False (default True)", "block size 8 (default 32, in wide layers 16)",
+        "eps 0.1 (default 1e-05)", "iterations 15 (default 3)",
+    ]  # fmt: skip
+
+
+def test_the_ablation_varies_what_the_default_is() -> None:
+    from netdeconv.lab.experiments.ablation import _VARIATIONS, _defaults
+
+    for name, values in _VARIATIONS.items():
+        assert _defaults()[name] not in values
+        for value in values:
+            WhitenedConv2d(4, 4, 3, whitening=WhiteningConfig(**{name: value}))
+            WhitenedLinear(4, 4, whitening=WhiteningConfig(**{name: value}))
 
 
 def test_a_trial_of_few_steps_takes_so_many(tmp_path: Path) -> None:

@@ -40,9 +40,7 @@ def resnet() -> nn.Module:
         ("none", {nn.Identity: 20}),
     ],
 )
-def test_a_norm_takes_the_place_of_every_batch_norm(
-    resnet: nn.Module, norm: str, expected: dict[type, int]
-) -> None:
+def test_a_norm_takes_the_place_of_every_batch_norm(resnet: nn.Module, norm: str, expected: dict[type, int]) -> None:
     new = with_norm(resnet, norm)
     found = kinds(new)
     if norm == "none":
@@ -67,9 +65,12 @@ def test_groups_of_the_group_norms() -> None:
 
 def test_whitening_settings_reach_every_layer(resnet: nn.Module) -> None:
     new = with_norm(resnet, "nd", {"update_every": 4, "eps": 1e-3})
-    configs = {type(m): m.whitening.config for m in new.modules() if is_whitened(m)}
-    assert configs[WhitenedConv2d] == WhiteningConfig(update_every=4, eps=1e-3)
-    assert configs[WhitenedLinear].eps == 1e-3  # linear layers have defaults of their own for the rest
+    config = WhiteningConfig(update_every=4, eps=1e-3)
+    for layer in filter(is_whitened, new.modules()):
+        kind = "linear" if isinstance(layer, WhitenedLinear) else "1x1" if layer.kernel_size == (1, 1) else "dense"
+        channels = layer.in_features if isinstance(layer, WhitenedLinear) else layer.in_channels
+        assert layer.whitening.config == config.resolved(kind, channels)
+        assert (layer.whitening.config.update_every, layer.whitening.config.eps) == (4, 1e-3)
 
 
 def is_whitened(module: nn.Module) -> bool:
@@ -78,13 +79,13 @@ def is_whitened(module: nn.Module) -> bool:
 
 def test_the_published_procedure_has_larger_blocks_for_linear_layers() -> None:
     new = with_norm(network("vgg11", 0.125), "nd-paper", name="vgg11")
-    blocks = {type(m): m.whitening.config for m in new.modules() if is_whitened(m)}
-    assert blocks == {
+    configs = {type(m): m.whitening.config for m in new.modules() if is_whitened(m)}
+    assert configs == {
         WhitenedConv2d: WhiteningConfig.paper(block_size=64),
         WhitenedLinear: WhiteningConfig.paper(block_size=512),
     }
     imagenet = with_norm(nn.Sequential(nn.Linear(8, 2)), "nd-paper", name="torchvision:vgg11")
-    assert imagenet[0].whitening.config == WhiteningConfig.paper()  # type: ignore[index]
+    assert imagenet[0].whitening.config == WhiteningConfig.paper(block_size=64)  # type: ignore[index]
 
 
 def test_the_authors_exceptions() -> None:

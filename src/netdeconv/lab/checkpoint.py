@@ -149,9 +149,9 @@ def _remedy(
         return "It was saved from a whitened network: try --norm nd"
     if norm != "bn" and not whitened:
         return "It has no whitening statistics: try --norm bn; after fuse, save the network from before instead"
-    kinds = {key.rpartition(".")[2] for key in odd}
-    if "last_root" in kinds <= {"last_root", "last_root_rest", "running_root_rest"}:  # as the two norms differ
-        return f"Try --norm {'nd-paper' if norm == 'nd' else 'nd'}"
+    other = _norm_of(theirs)
+    if other not in (None, _norm_of(own)) and all(map(_of_whitening, odd)):
+        return f"Try --norm {other}"
     if not odd:
         heads = {_other_classes(own[key], theirs[key], classes) for key in misshaped}
         if len(heads) == 1 and None not in heads:
@@ -163,6 +163,14 @@ def _remedy(
             "then netdeconv.surgery.export_onnx"
         )
     return "Check --network (networks of torchvision are torchvision:NAME), --width and --norm"
+
+
+def _norm_of(state: Iterable[str]) -> str | None:
+    """The norm that has such statistics: averaged covariances, or nothing but averaged roots."""
+    kinds = {key.rpartition(".")[2] for key in state if _of_whitening(key)}
+    if "running_cov" in kinds:
+        return "nd"
+    return "nd-paper" if "running_root" in kinds and not kinds & {"running_var", "last_root"} else None
 
 
 def _of_whitening(key: str) -> bool:

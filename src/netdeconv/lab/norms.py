@@ -19,7 +19,7 @@ Value = TypeVar("Value")
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _GROUPS = 32  # of Wu and He, Group Normalization, ECCV 2018
-_LINEAR_BLOCK = 512  # of the paper's command line for 32x32 images; for ImageNet, and for all convolutions, 64
+_LINEAR_BLOCK_OF_IMAGENET = 64  # of the paper's command line there; for 32x32 images 512
 
 # Newton-Schulz steps of the first layer in the authors' networks, by the beginning of the name; elsewhere 5.
 _FIRST_LAYER = {
@@ -86,8 +86,8 @@ def _published(model: nn.Module, whitening: dict[str, Any], name: str, *, except
 
     def setting(path: str, layer: nn.Module) -> WhiteningConfig:
         own: dict[str, Any] = {}
-        if isinstance(layer, nn.Linear) and not name.startswith("torchvision:"):
-            own["block_size"] = _LINEAR_BLOCK
+        if isinstance(layer, nn.Linear) and name.startswith("torchvision:"):
+            own["block_size"] = _LINEAR_BLOCK_OF_IMAGENET
         if exceptions and path == first and steps is not None:
             own["num_iters"] = steps
         elif exceptions and (within := path.rpartition(".")[2]) in inside:

@@ -17,7 +17,7 @@ from netdeconv.lab.devices import device_of
 from netdeconv.lab.networks import network
 from netdeconv.lab.norms import with_norm
 
-__all__ = ["CONTESTANTS", "Training", "kinds", "move_to_step", "network", "steady_step"]
+__all__ = ["CONTESTANTS", "Training", "kinds", "move_to_step", "network", "period_of", "steady_step"]
 
 CONTESTANTS = {
     "batchnorm": "BatchNorm",
@@ -35,17 +35,16 @@ def kinds(settings: MemorySettings) -> list[str]:
     return [kind for kind in CONTESTANTS if not (kind == "paper" and settings.no_paper)]
 
 
-def contestant(kind: str, settings: MemorySettings) -> tuple[nn.Module, WhiteningConfig | None]:
-    """The network of this kind, one of :data:`CONTESTANTS`, and its whitening; always the same for one seed."""
+def contestant(kind: str, settings: MemorySettings) -> nn.Module:
+    """The network of this kind, one of :data:`CONTESTANTS`; always the same for one seed."""
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         base = network(settings.network, settings.width, settings.classes)
     if kind == "batchnorm":
-        return base, None
+        return base
     if kind == "floor":
-        return with_norm(base, "none"), None
-    config = WhiteningConfig.paper() if kind == "paper" else WhiteningConfig()
-    return netdeconv.convert(base, config), config
+        return with_norm(base, "none")
+    return netdeconv.convert(base, WhiteningConfig.paper() if kind == "paper" else None)
 
 
 class Training:
@@ -56,16 +55,15 @@ class Training:
         settings: what to run.
 
     Attributes:
-        period: steps from one refresh of the statistics to the next; 1 where all steps are alike.
+        period: see :func:`period_of`.
     """
 
     def __init__(self, kind: str, settings: MemorySettings) -> None:
         self.settings, self.kind = settings, kind
         self.device = device_of(settings.device)
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-        model, config = contestant(kind, settings)
-        self.model = model.to(self.device).to(memory_format=layout)
-        self.period = 1 if config is None else config.update_every
+        self.model = contestant(kind, settings).to(self.device).to(memory_format=layout)
+        self.period = period_of(self.model)
         draw = torch.Generator().manual_seed(settings.seed)
         images = torch.randn(settings.batch, 3, settings.size, settings.size, generator=draw)
         self.images = images.to(self.device).contiguous(memory_format=layout)
@@ -108,13 +106,22 @@ class Training:
         move_to_step(self.model, steady_step(self.period) + steps)
 
     def refreshes(self) -> int:
-        """Refreshes so far, of the layer that had fewest but any: linear and depthwise ones have one at every step."""
-        counts = [int(value) for name, value in self.model.state_dict().items() if name.endswith("num_updates")]
-        return min(filter(None, counts), default=0)
+        """Refreshes so far, of the layers with the longest period: linear ones have one at every step."""
+        slow = (whitening for whitening in _whitenings(self.model) if whitening.config.update_every == self.period)
+        return max((int(whitening.num_updates) for whitening in slow), default=0)
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         half = self.settings.dtype == "bfloat16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=half)
+
+
+def period_of(model: nn.Module) -> int:
+    """Steps from one refresh to the next, of the layer that has the most; 1 where all steps are alike."""
+    return max((whitening.config.update_every for whitening in _whitenings(model)), default=1)
+
+
+def _whitenings(model: nn.Module) -> list[Any]:
+    return [module.whitening for module in model.modules() if hasattr(module, "whitening")]
 
 
 def steady_step(period: int) -> int:

@@ -12,7 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from netdeconv import WhiteningConfig
-from netdeconv.functional import Blocks, Moments, Window, corner_patches, inverse_sqrt, patch_moments, spread_patches
+from netdeconv.functional import (
+    Blocks,
+    Moments,
+    Window,
+    channel_variance,
+    corner_patches,
+    inverse_sqrt,
+    patch_moments,
+    spread_patches,
+)
 from netdeconv.lab.benchmark.record import Follower
 from netdeconv.lab.benchmark.settings import MomentsSettings
 from netdeconv.lab.benchmark.timing import Contestant, race
@@ -68,10 +77,12 @@ def run(settings: MomentsSettings, follow: Follower, result: dict[str, Any]) -> 
     device = device_of(settings.device)
     rows: list[dict[str, Any]] = []
     result["rows"] = rows
-    config = WhiteningConfig()
     for shape in settings.shapes:
         channels, size = settings.parsed(shape)
+        config = WhiteningConfig().resolved("dense", channels)
+        assert config.block_size is not None
         x = activations(settings.batch, channels, size, settings.seed).to(device)
+        x = x / channel_variance(x)[1].sqrt().reshape(1, -1, 1, 1)  # as the default scales them
         blocks = Blocks.plan(channels, _WINDOW, 1, config.block_size, config.grouping)
         known = samplings(settings)
         follow.start(f"maps {shape}", len(known) * (1 + settings.rounds))
@@ -117,6 +128,7 @@ def _errors(found: Moments, exact: Moments, config: WhiteningConfig) -> dict[str
 
 def _root(cov: Tensor, config: WhiteningConfig) -> Tensor:
     eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+    assert config.num_iters is not None
     return inverse_sqrt(cov + config.eps * eye, num_iters=config.num_iters, solver=config.solver)
 
 

@@ -106,7 +106,9 @@ def describe(benchmark: str, settings: Settings) -> dict[str, Any]:
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "settings": dataclasses.asdict(settings),
         "whitening": {
-            "default": dataclasses.asdict(WhiteningConfig()),
+            "default": dataclasses.asdict(
+                WhiteningConfig().resolved("dense", 64)
+            ),  # of 3x3 convolutions of 64 channels
             "paper": dataclasses.asdict(WhiteningConfig.paper()),
         },
         "versions": versions(),

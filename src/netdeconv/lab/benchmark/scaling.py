@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from netdeconv import WhitenedConv2d
-from netdeconv.lab.benchmark.contestants import move_to_step, steady_step
+from netdeconv.lab.benchmark.contestants import move_to_step, period_of, steady_step
 from netdeconv.lab.benchmark.record import Follower
 from netdeconv.lab.benchmark.settings import ScalingSettings
 from netdeconv.lab.benchmark.timing import Contestant, race
@@ -40,7 +40,7 @@ class LayerStep:
     def __init__(self, layer: nn.Module, x: Tensor) -> None:
         self.layer, self.x = layer.to(x.device), x.clone().requires_grad_()
         self.optimizer = torch.optim.SGD(self.layer.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
-        self.period = layer.whitening.config.update_every if isinstance(layer, WhitenedConv2d) else 1
+        self.period = period_of(layer)
 
     def __call__(self) -> None:
         y = self.layer(self.x)

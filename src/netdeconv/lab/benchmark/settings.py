@@ -84,7 +84,7 @@ class RootSettings(Settings):
     conditions: tuple[float, ...] = option(
         (1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7), "condition numbers, log-uniform spectrum"
     )
-    iters: tuple[int, ...] = option((5, 15), "numbers of Newton-Schulz steps whose map is computed")
+    iters: tuple[int, ...] = option((3, 5, 15), "numbers of Newton-Schulz steps whose map is computed")
     rounds: int = option(15, "timed calls of each solver")
 
 

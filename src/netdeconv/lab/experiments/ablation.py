@@ -22,9 +22,11 @@ __all__ = ["EXPERIMENT", "AblationSettings"]
 _VARIATIONS: Mapping[str, tuple[Any, ...]] = {
     "block_size": (8, 16, 64),
     "sampling_stride": (1, 2, 6),
-    "num_iters": (1, 3, 8, 15),
+    "num_iters": (1, 2, 5, 15),
     "eps": (1e-7, 1e-3, 1e-1),
+    "scale": (False,),
     "update_every": (1, 4, 64),
+    "average": ("root",),
     "differentiable": (True,),
     "sampling": ("spread",),
 }
@@ -33,7 +35,9 @@ _NAMES = {
     "sampling_stride": "sampling stride",
     "num_iters": "iterations",
     "eps": "eps",
+    "scale": "scaled channels",
     "update_every": "refresh every .. steps",
+    "average": "average of the",
     "differentiable": "gradient through the statistics",
     "sampling": "positions",
 }
@@ -80,7 +84,12 @@ def run(settings: AblationSettings, workspace: Workspace) -> Mapping[str, Any]:
             for value in _VARIATIONS[name][: settings.values]:
                 plan.append(dataclasses.replace(base, whitening=((name, value),), seed=seed))
     workspace.progress.expect(len(plan))
-    return {"defaults": dataclasses.asdict(WhiteningConfig()), "runs": run_trials(plan, workspace)}
+    return {"defaults": _defaults(), "runs": run_trials(plan, workspace)}
+
+
+def _defaults() -> dict[str, Any]:
+    """The settings of 3x3 convolutions, most of the layers; but the size of blocks goes by the channels."""
+    return {**dataclasses.asdict(WhiteningConfig().resolved("dense", 1)), "block_size": None}
 
 
 def _label(run: Mapping[str, Any]) -> tuple[str, Any]:
@@ -131,7 +140,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
 
 def _default(result: Mapping[str, Any], name: str) -> Any:
     """Of the library that the result is of; of today's while it is not complete."""
-    value = result.get("defaults", vars(WhiteningConfig()))[name]
+    value = result.get("defaults", _defaults())[name]
     if value is None:
         return "32, in wide layers 16"
     return f"{value:g}" if isinstance(value, float) else value

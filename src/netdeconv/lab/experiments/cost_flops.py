@@ -14,8 +14,11 @@ from netdeconv import WhitenedConv2d, WhiteningConfig
 
 __all__ = ["Convolution", "convolutions", "whitening_flops"]
 
-# n x n products of a root of 5 Newton-Schulz steps: the recurrence less the trivial ones, and the polynomial instead.
-_PRODUCTS = {"newton_schulz": 12, "chebyshev": 6}
+# n x n products of a root by its Newton-Schulz steps, where the library takes another map; the recurrence less the
+# trivial ones takes 3 for every step after the first.
+_PRODUCTS = {1: 0, 2: 2, 3: 3, 5: 6, 15: 17}
+# Of every number that the variance of the channels is of: mean, difference, square and sum, and its gradient.
+_SCALE = 4 + 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,28 +110,36 @@ def whitening_flops(layer: WhitenedConv2d, x: Tensor) -> dict[str, float]:
 
     ``moments``: the products of the sampled patches, and, with gradient, those back to the patches. ``root``: the
     n x n products, twice as many again with gradient. Both are shared out over ``update_every`` steps. ``fold``: root
-    times weight, the gradient of the weight, and, with gradient, that of the root; and the mean of all patches, one
-    pass over the input, where it does not come from the sample.
+    times weight, the gradient of the weight, and, with gradient, that of the root; the mean of all patches, one pass
+    over the input, where it does not come from the sample; and the variance of the channels where they are scaled.
 
     Args:
-        layer: whitened, 5 steps. Of very few rows the library takes the cheaper root of their Gram matrix, which is not
+        layer: whitened. Of very few rows the library takes the cheaper root of their Gram matrix, which is not
             counted here.
         x: input, for its shape.
     """
     config = layer.whitening.config
     rows = len(layer.whitening.estimator.sample(x, max_samples=config.max_samples).rows)
     through = config.differentiable
-    solver = "newton_schulz" if config.solver == "newton_schulz" else "chebyshev"
     sizes = list(_block_sizes(layer))
     moments = sum(2.0 * rows * n**2 * blocks for n, blocks, _ in sizes)
-    root = sum(2.0 * _PRODUCTS[solver] * n**3 * roots for n, _, roots in sizes)
+    root = sum(2.0 * _products(config) * n**3 * roots for n, _, roots in sizes)
     fold = sum(2.0 * layer.out_channels // layer.groups * n**2 * blocks for n, blocks, _ in sizes)
-    mean = 0.0 if config.sampling == "corner" else float(x.numel())
+    of_maps = 0.0 if config.sampling == "corner" else float(x.numel())
+    if config.scale:
+        of_maps += _SCALE * layer.in_channels * layer.whitening.estimator.variance_of(x)[2]
+    assert config.update_every is not None
     return {
         "moments": moments * (3 if through else 1) / config.update_every,
         "root": root * (3 if through else 1) / config.update_every,
-        "fold": fold * (3 if through else 2) + mean,
+        "fold": fold * (3 if through else 2) + of_maps,
     }
+
+
+def _products(config: WhiteningConfig) -> int:
+    assert config.num_iters is not None
+    recurrence = 3 * (config.num_iters - 1)
+    return recurrence if config.solver == "newton_schulz" else _PRODUCTS.get(config.num_iters, recurrence)
 
 
 def _block_sizes(layer: WhitenedConv2d) -> Iterator[tuple[int, int, int]]:
