@@ -186,10 +186,12 @@ class Whitening(RunningStatistics):
         channels = None if self.running_var is None else self.estimator.variance_of(x.detach() if by_hand else x)
         if self._shared():
             moments, sample, channels = self._joined(moments, sample, channels)
+        several = (moments.total > 1) | (not self.config.debias)  # of a single row, the mean is all there is
         if channels is None:
-            return self._or_running(Batch(moments.mean, None, None, all_finite((moments.mean,)))), sample
+            counts = all_finite((moments.mean,))
+            return self._or_running(Batch(moments.mean, None, None, _both(counts, several))), sample
         channel_mean, var, count = channels
-        counts = all_finite((moments.mean, var)) & varies(var, channel_mean.square())
+        counts = _both(all_finite((moments.mean, var)) & varies(var, channel_mean.square()), several)
         slope = self.estimator.slope_of(x, var, channel_mean, count) if by_hand else None
         return self._or_running(Batch(moments.mean, var, slope, counts)), sample
 
@@ -304,6 +306,12 @@ class Whitening(RunningStatistics):
         changed = [f"{name}={value!r}" for name, value in vars(self.config).items() if value != getattr(default, name)]
         kernel = "x".join(map(str, self.window.kernel_size)) or "linear"
         return ", ".join([f"{self.blocks.channels}", kernel, *changed])
+
+
+def _both(counts: Tensor, several: Tensor | bool) -> Tensor:
+    if isinstance(several, Tensor):
+        return counts & several
+    return counts if several else torch.zeros_like(counts)
 
 
 def _in_backward() -> bool:
