@@ -18,6 +18,7 @@ from netdeconv import (
     WhitenedLinear,
     WhiteningConfig,
 )
+from netdeconv import reference as ref
 
 # The same float32 operations in another order or memory layout.
 SAME: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
@@ -78,6 +79,27 @@ BY_NAME: dict[str, Kind] = {param.id: param.values[0] for param in KINDS}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 # Blocks that leave a rest of 3 and of 5 channels, and samples smaller than the larger inputs.
 PARTS = WhiteningConfig(block_size=2, max_samples=100)
+
+
+_SETTINGS = (
+    "block_size", "eps", "num_iters", "momentum", "scale", "update_every", "differentiable", "average",
+)  # fmt: skip
+
+
+def in_reference(layer: Any) -> Any:
+    """The reference's layer on this layer's parameters; it looks at all patches of a batch, whatever their number."""
+    config = layer.whitening.config
+    assert config.sampling != "corner"
+    assert config.grouping == "contiguous"
+    settings = {name: getattr(config, name) for name in _SETTINGS}
+    if isinstance(layer, ChannelWhitening):
+        return ref.DefaultChannels(layer.num_channels, **settings)
+    if isinstance(layer, WhitenedLinear):
+        return ref.DefaultLinear(layer.weight, layer.bias, **settings)
+    window = dataclasses.asdict(layer.whitening.window)
+    del window["kernel_size"]
+    options = {"groups": layer.groups, "sampling_stride": 1 if config.sampling == "spread" else config.sampling_stride}
+    return ref.DefaultConv(layer.weight, layer.bias, **options, **window, **settings)
 
 
 def buffers(layer: nn.Module) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from layer_kinds import KINDS, Kind, every_kind
-from netdeconv import ChannelWhitening, WhitenedLinear, WhiteningConfig
-from netdeconv import reference as ref
+from layer_kinds import KINDS, Kind, every_kind, in_reference
+from netdeconv import WhiteningConfig
 
 # float64, a few hundred operations, three iterations that amplify rounding by up to 1.5**3 squared; 40 averages.
 TIGHT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
@@ -33,23 +31,6 @@ CONFIGS = {
     ),
     "covariance alone": WhiteningConfig(solver="newton_schulz", scale=False, average="covariance", eps=0.1),
 }
-SETTINGS = (
-    "block_size", "eps", "num_iters", "momentum", "scale", "update_every", "differentiable", "average",
-)  # fmt: skip
-
-
-def in_reference(layer: Any) -> Any:
-    """The reference's layer on this layer's parameters."""
-    settings = {name: getattr(layer.whitening.config, name) for name in SETTINGS}
-    if isinstance(layer, ChannelWhitening):
-        return ref.DefaultChannels(layer.num_channels, **settings)
-    if isinstance(layer, WhitenedLinear):
-        return ref.DefaultLinear(layer.weight, layer.bias, **settings)
-    window = dataclasses.asdict(layer.whitening.window)
-    del window["kernel_size"]
-    stride = layer.whitening.config.sampling_stride
-    options = {"groups": layer.groups, "sampling_stride": stride, **window, **settings}
-    return ref.DefaultConv(layer.weight, layer.bias, **options)
 
 
 def state_of(known: Any) -> dict[str, Tensor]:

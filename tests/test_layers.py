@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import layer_kinds
 from netdeconv import (
     ChannelWhitening,
+    NonFiniteWarning,
     WhitenedConv1d,
     WhitenedConv2d,
     WhitenedConv3d,
@@ -23,6 +27,7 @@ from netdeconv import (
     WhiteningConfig,
 )
 from netdeconv import reference as ref
+from netdeconv.functional import fold
 
 DRAWS = settings(deadline=None, derandomize=True, max_examples=30)
 
@@ -122,34 +127,20 @@ SHAPES = [
 by_shape = pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
 
 
-def contiguous_by_reference(case: Shape, layer: Any, x: Tensor) -> Tensor:
-    """Moments of all patches, so many iterations, and the layer on whitened patches: nothing of ours."""
-    config, groups, window = layer.whitening.config, layer.groups, case.window()
-    X = ref.im2col(x, kernel_size=layer.kernel_size, **window).flatten(0, 1)
-    moments = ref.moments_contiguous(X, channels=case.channels, block_size=case.block_size, groups=groups)
-    roots = [
-        None if cov is None else ref.newton_schulz(ref.add_eps(cov, config.eps), config.num_iters)
-        for cov in (moments.Cov, moments.Cov_rest)
-    ]
-    assert roots[0] is not None
-    return ref.deconvolve(
-        x,
-        layer.weight,
-        layer.bias,
-        moments.mu,
-        roots[0],
-        D_rest=roots[1],
-        grouping="contiguous",
-        groups=groups,
-        **window,
-    )
+def in_reference(case: Shape, layer: Any) -> Any:
+    """The reference's twin, with the padding in numbers."""
+    known = layer_kinds.in_reference(layer)
+    known.window["padding"] = case.window()["padding"]
+    return known
 
 
 @by_shape
 def test_a_refresh_step_is_the_reference_on_all_patches(case: Shape) -> None:
     layer, x = case.layer(STEPS.replace(sampling="spread")), case.input()
+    known = in_reference(case, layer)
     y = layer(x)
-    close(y, contiguous_by_reference(case, layer, x))
+    close(y, known(x, training=True))
+    close(layer.eval()(x), known(x, training=False))  # one refresh: the running values are those of the batch
     plain = getattr(nn, f"Conv{len(case.size)}d")(
         case.channels, case.out, case.kernel_size, **case.options, dtype=torch.float64
     )
@@ -189,7 +180,8 @@ def test_any_shape_is_the_reference(
         **{"stride": stride, "dilation": dilation, "padding": padding, "groups": groups, "bias": bias},
     )
     layer, x = case.layer(STEPS.replace(max_samples=10**6, sampling="spread")), case.input()
-    close(layer(x), contiguous_by_reference(case, layer, x))
+    known = in_reference(case, layer)
+    close(layer(x), known(x, training=True))
 
 
 @by_shape
@@ -213,6 +205,7 @@ def test_evaluation_is_the_plain_convolution_with_folded_parameters(case: Shape)
         state["running_mean"],
         state["running_root"],
         D_rest=state.get("running_root_rest"),
+        S=state["running_var"].rsqrt(),
         grouping="contiguous",
         groups=layer.groups,
         **case.window(),
@@ -300,6 +293,7 @@ def test_with_an_exact_root_every_block_is_white(name: str) -> None:
         state["running_mean"],
         state["running_root"],
         D_rest=state["running_root_rest"],
+        S=state["running_var"].rsqrt(),
         channels=case.channels,
         grouping="contiguous",
         groups=groups,
@@ -315,47 +309,50 @@ def test_with_an_exact_root_every_block_is_white(name: str) -> None:
 # ---- gradient ---------------------------------------------------------------------------------------
 
 
-def test_by_default_the_statistics_are_constants_of_the_gradient() -> None:
-    layer = WhitenedConv2d(3, 4, 3, padding=1, dtype=torch.float64)
-    through = WhitenedConv2d(3, 4, 3, padding=1, dtype=torch.float64, whitening=WhiteningConfig(differentiable=True))
-    through.load_state_dict(layer.state_dict())
-    x = activation(2, 3, 5, 5)
-    grads = []
-    for each in (layer, through):
-        leaf = x.clone().requires_grad_()
-        each(leaf).square().sum().backward()
-        grads.append(leaf.grad)
-    weight, bias = layer.folded()  # after one refresh the running values are those that were used
+def gradients(run: Callable[[Tensor], Tensor], x: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
     leaf = x.clone().requires_grad_()
-    F.conv2d(leaf, weight.detach(), bias.detach(), padding=1).square().sum().backward()
-    close(grads[0], leaf.grad)
-    assert (grads[1] - grads[0]).abs().max() > 1e-2
-    assert layer.weight.grad is not None
-    assert layer.bias is not None
-    assert layer.bias.grad is not None
+    return torch.autograd.grad(run(leaf).square().sum(), [leaf, *leaves])
+
+
+def test_by_default_the_gradient_goes_through_the_scale_and_no_other_statistic() -> None:
+    x, layers = activation(2, 3, 5, 5), {}
+    for name, config in {
+        "default": WhiteningConfig(),
+        "no scale": WhiteningConfig(scale=False),
+        "through the root": WhiteningConfig(differentiable=True),
+    }.items():
+        torch.manual_seed(0)
+        layers[name] = WhitenedConv2d(3, 4, 3, padding=1, dtype=torch.float64, whitening=config)
+    found = {name: gradients(layer, x, layer.weight, layer.bias) for name, layer in layers.items()}
+    for name in ("default", "no scale"):
+        layer, whitening = layers[name], layers[name].whitening
+        # After one refresh the running values are those that were used.
+        mean, roots = whitening.running_mean, [whitening.running_root]
+
+        def by_hand(x: Tensor, layer: Any = layer, mean: Tensor = mean, roots: list[Tensor] = roots) -> Tensor:
+            scale = None if layer.whitening.running_var is None else x.var((0, 2, 3), correction=0).rsqrt()
+            return F.conv2d(x, *fold(layer.weight, layer.bias, mean, roots, layer.whitening.blocks, scale), padding=1)
+
+        for ours, known in zip(found[name], gradients(by_hand, x, layer.weight, layer.bias), strict=True):
+            close(ours, known)
+    for name in ("no scale", "through the root"):
+        assert (found[name][0] - found["default"][0]).abs().max() > 1e-2
 
 
 # ---- linear and channel ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lead", [(7,), (2, 5), (2, 3, 4), (1,)])
+@pytest.mark.parametrize("lead", [(7,), (2, 5), (2, 3, 4), (1, 2)])
 @pytest.mark.parametrize("block_size", [2, 64])
 def test_linear_is_the_reference_over_all_leading_dimensions(lead: tuple[int, ...], block_size: int) -> None:
-    config = STEPS.replace(block_size=block_size)
-    layer = WhitenedLinear(5, 3, dtype=torch.float64, whitening=config)
-    X = activation(math.prod(lead), 5)
-    y = layer(X.reshape(*lead, 5))
+    layer = WhitenedLinear(5, 3, dtype=torch.float64, whitening=STEPS.replace(block_size=block_size))
+    known = layer_kinds.in_reference(layer)
+    x = activation(math.prod(lead), 5).reshape(*lead, 5)
+    y = layer(x)
     assert y.shape == (*lead, 3)
-    moments = ref.moments_contiguous(X, channels=5, block_size=block_size)
-    roots = [
-        None if cov is None else ref.newton_schulz(ref.add_eps(cov, config.eps), 5)
-        for cov in (moments.Cov, moments.Cov_rest)
-    ]
-    assert roots[0] is not None
-    white = ref.whiten_patches(X, moments.mu, roots[0], D_rest=roots[1], channels=5, grouping="contiguous")
-    assert layer.bias is not None
-    close(y.reshape(-1, 3), white @ layer.weight.T + layer.bias)
-    assert torch.equal(layer.eval()(X), F.linear(X, *layer.folded()))
+    close(y, known(x, training=True))
+    close(layer.eval()(x), known(x, training=False))
+    assert torch.equal(layer(x), F.linear(x, *layer.folded()))
 
 
 def test_linear_takes_a_single_vector() -> None:
@@ -381,18 +378,19 @@ def test_the_published_linear_layer() -> None:
 def test_channel_whitening_is_the_reference_at_every_position(
     size: tuple[int, ...], grouping: str, block_size: int
 ) -> None:
-    config = STEPS.replace(block_size=block_size, grouping=grouping)
+    config = STEPS.replace(block_size=block_size, grouping=grouping, eps=0.01)
     layer = ChannelWhitening(5, dtype=torch.float64, whitening=config)
     x = activation(8, 5, *size)
     X = x.movedim(1, -1).reshape(-1, 5)
     options: dict[str, Any] = {"channels": 5}
     if grouping == "contiguous":
-        mu, cov, rest = ref.moments_contiguous(X, block_size=block_size, **options)
-        roots = [ref.newton_schulz(ref.add_eps(each, 1e-5), 5) for each in (cov, rest) if each is not None]
+        mu, S = X.mean(0), ref.scale_of(X, 0.01)
+        _, cov, rest = ref.moments_contiguous(X * S, block_size=block_size, **options)
+        roots = [ref.newton_schulz(ref.add_eps(each, 0.01), 5) for each in (cov, rest) if each is not None]
     else:
         mu, cov = ref.moments_interleaved(X, block_size=block_size, **options)
-        roots = [ref.newton_schulz(ref.add_eps(cov, 1e-5), 5)]
-    white = ref.whiten_patches(X, mu, roots[0], D_rest=roots[-1], grouping=grouping, **options)
+        S, roots = None, [ref.newton_schulz(ref.add_eps(cov, 0.01), 5)]
+    white = ref.whiten_patches(X, mu, roots[0], D_rest=roots[-1], S=S, grouping=grouping, **options)
     expected = white.reshape(8, *size, 5).movedim(-1, 1)
     close(layer(x), expected)
     close(layer.eval()(x), expected)  # one refresh: the running values are those of the batch
@@ -410,7 +408,10 @@ def test_channel_whitening_whitens_channels() -> None:
 # ---- scale -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("whitening", "times"), [(None, 1.0), (WhiteningConfig(), 100.0)])
+KEPT_ROOTS = WhiteningConfig(scale=False, average="root", num_iters=5)
+
+
+@pytest.mark.parametrize(("whitening", "times"), [(None, 1.0), (WhiteningConfig(), 1.0), (KEPT_ROOTS, 100.0)])
 def test_a_depthwise_channel_that_has_grown_is_not_multiplied(whitening: WhiteningConfig | None, times: float) -> None:
     torch.manual_seed(0)
     layer = WhitenedConv2d(3, 3, 3, padding=1, groups=3, bias=False, whitening=whitening)
@@ -434,18 +435,26 @@ def test_large_input_is_whitened_like_any_other(solver: str) -> None:
 
 
 @pytest.mark.parametrize("solver", ["newton_schulz", "chebyshev", "eigh"])
-@pytest.mark.parametrize("scale", [0.0, 1e-4, 1e-10, 1e-30])
+@pytest.mark.parametrize("factor", [0.0, 1e-4, 1e-10, 1e-30])
 @pytest.mark.parametrize("eps", [0.0, 1e-5])
-def test_tiny_constant_and_zero_input_give_finite_output_and_gradient(solver: str, scale: float, eps: float) -> None:
-    config = WhiteningConfig(solver=solver, eps=eps, differentiable=True, update_every=1)
+@pytest.mark.parametrize("scale", [True, False])
+def test_tiny_and_zero_input_give_finite_output_and_gradient(
+    solver: str, factor: float, eps: float, scale: bool
+) -> None:
+    config = WhiteningConfig(solver=solver, eps=eps, scale=scale, differentiable=True, update_every=1)
     layer = WhitenedConv2d(3, 4, 3, padding=1, whitening=config)
-    for x in (activation(4, 3, 4, 4).float() * scale, torch.full((4, 3, 4, 4), scale)):
-        leaf = x.requires_grad_()
-        y = layer(leaf)
-        y.sum().backward()
-        assert bool(y.isfinite().all())
-        assert leaf.grad is not None
-        assert bool(leaf.grad.isfinite().all())
+    x = (activation(4, 3, 4, 4).float() * factor).requires_grad_()
+    nothing = factor < 1e-19  # squares are below float32's range
+    with pytest.warns(NonFiniteWarning, match="in 1 step") if nothing else contextlib.nullcontext():
+        y = layer(x)
+    assert int(layer.whitening.num_updates) == (not nothing)
+    assert bool(y.isfinite().all())
+    y.sum().backward()
+    assert x.grad is not None
+    assert bool(x.grad.isfinite().all())
+
+
+# ---- what callers rely on ----------------------------------------------------------------------------
 
 
 def test_contiguous_input_gives_contiguous_output() -> None:
