@@ -68,7 +68,7 @@ def test_one_and_two_newton_schulz_steps_by_hand() -> None:
     assert inverse_sqrt(cov, num_iters=2)[0, 0] == pytest.approx(1.2816 / math.sqrt(5), rel=1e-14)
 
 
-@pytest.mark.parametrize("num_iters", [1, 2, 5, 15])
+@pytest.mark.parametrize("num_iters", [1, 2, 3, 5, 15])
 @pytest.mark.parametrize(("n", "condition"), [(1, 1.0), (9, 1e1), (27, 1e3), (64, 1e5), (16, 1e7)])
 def test_so_many_steps_are_those_of_the_reference(n: int, condition: float, num_iters: int) -> None:
     cov = spd(log_uniform(n, condition))
@@ -85,6 +85,26 @@ def test_every_eigenvalue_gets_the_gain_of_the_scalar_iteration(num_iters: int) 
     norm = float(eigenvalues.norm())
     gains = [ref.ns_gain(float(value) / norm, num_iters) / math.sqrt(norm) for value in eigenvalues]
     close(inverse_sqrt(spd(eigenvalues), num_iters=num_iters, solver="newton_schulz"), spd(gains))
+
+
+@pytest.mark.parametrize("num_iters", [1, 2, 3])
+def test_few_steps_whiten_less(num_iters: int) -> None:
+    """The condition of what is whitened falls with every step, and is above that of five."""
+    cov = spd(log_uniform(8, 1e4))
+    conditions = []
+    for steps in (num_iters, num_iters + 1, 5):
+        root = inverse_sqrt(cov, num_iters=steps)
+        conditions.append(float(torch.linalg.cond(root @ cov @ root)))
+    assert float(torch.linalg.cond(cov)) > conditions[0] > conditions[1] > conditions[2]
+    largest = float(torch.linalg.matrix_norm(inverse_sqrt(cov, num_iters=num_iters), 2))
+    assert largest * math.sqrt(float(torch.linalg.matrix_norm(cov))) <= 1.5**num_iters
+
+
+@pytest.mark.parametrize("num_iters", [1, 2, 3])
+def test_the_gradient_of_few_steps_is_that_of_finite_differences(num_iters: int) -> None:
+    cov = spd([1.0, 0.5, 0.5, 1e-2]).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a: inverse_sqrt(symmetric(a), num_iters=num_iters), cov)
+    assert torch.autograd.gradgradcheck(lambda a: inverse_sqrt(symmetric(a), num_iters=num_iters), cov)
 
 
 def test_five_steps_do_not_whiten_and_many_do() -> None:

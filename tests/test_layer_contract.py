@@ -80,7 +80,8 @@ def test_gradcheck_in_training(kind: Kind) -> None:
         return output
 
     x = kind.input(2, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(run, (x, *layer.parameters()), fast_mode=True)
+    # Not in fast mode, whose tolerance for a whole Jacobian let through a scale without gradient.
+    assert torch.autograd.gradcheck(run, (x, *layer.parameters()))
 
 
 @every_kind
@@ -97,7 +98,7 @@ def test_gradcheck_in_evaluation(kind: Kind, solver: str) -> None:
         return output
 
     x = kind.input(1, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(run, (x, *layer.parameters()), fast_mode=True)
+    assert torch.autograd.gradcheck(run, (x, *layer.parameters()))
 
 
 @every_kind
@@ -159,8 +160,8 @@ def test_an_empty_batch(kind: Kind) -> None:
         assert y.shape == (0, *full.shape[1:])
         y.sum().backward()
         assert x.grad is not None
-        for name in ("running_mean", "running_root", "num_skipped"):
-            assert torch.equal(each.whitening.get_buffer(name), before[name])
+        for name, value in each.whitening.named_buffers():
+            assert torch.equal(value, before[name]), name
         assert int(each.whitening.num_updates) == updates
         assert int(each.whitening.num_steps) == updates
     assert layer.eval()(kind.input(0)).shape == (0, *full.shape[1:])
@@ -266,7 +267,7 @@ def test_a_batch_that_is_not_finite_does_not_poison(
     layer = kind.trained(2, WhiteningConfig(solver=solver, differentiable=differentiable))
     before, x = buffers(layer.whitening), kind.input()
     x.view(-1)[x.numel() // 2] = poison
-    with pytest.warns(NonFiniteWarning, match=r"expected finite input, got NaN or infinite values in 1 step"):
+    with pytest.warns(NonFiniteWarning, match=r"got NaN, infinite or constant values, or a single row, in 1 step"):
         layer(x)
     for name, value in layer.whitening.named_buffers():
         if name not in ("num_steps", "num_skipped"):

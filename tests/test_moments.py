@@ -113,6 +113,32 @@ def test_a_row_of_weight_three_counts_like_three_rows(
     assert_same(weighted._replace(rows=sum(times)), repeated)
 
 
+@DRAWS
+@given(
+    groups=st.integers(1, 3),
+    per_group=st.integers(1, 5),
+    block_size=st.integers(1, 6),
+    weighted=st.booleans(),
+)
+def test_those_of_single_blocks_are_pooled_by_their_mean(
+    groups: int, per_group: int, block_size: int, weighted: bool
+) -> None:
+    blocks = Blocks.plan(groups * per_group, PAIR, groups, block_size, "contiguous")
+    X = correlated(9, groups * per_group * 2)
+    weights = torch.arange(1.0, 10) if weighted else None
+    whole, each = (patch_moments(X, blocks, weights, pooled=pooled) for pooled in (True, False))
+    assert torch.equal(whole.mean, each.mean)
+    full = torch.cov(X.T, correction=0, fweights=None if weights is None else weights.long())
+    for cov, parts, (count, size), place in zip(whole.covs, each.covs, blocks.parts, (0, 1), strict=False):
+        assert tuple(parts.shape) == (groups, count, size, size)
+        close(parts.mean(1).reshape(cov.shape), cov)
+        first = 0 if place == 0 else blocks.group_features - size
+        for group in range(groups):
+            for block in range(count):
+                start = group * blocks.group_features + first + block * size
+                close(parts[group, block], full[start : start + size, start : start + size])
+
+
 def test_with_one_block_it_is_the_biased_covariance_of_torch() -> None:
     X = correlated(50, 6)
     moments = patch_moments(X, features_only(6, 64))
