@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from netdeconv import calibrate, convert
+from netdeconv import WhitenedConv2d, WhiteningConfig, calibrate, convert
 from netdeconv.cli import main
 from netdeconv.lab.inspect_command import _cuts
+from netdeconv.lab.inspect_report import whitening_filters_of
 from netdeconv.lab.networks import network
 
 
@@ -47,6 +49,16 @@ def test_a_run_folder_says_what_it_is_of(
     page = (tmp_path / "inspect.html").read_text()
     assert page.count("<img ") == 3 and "conv3" in page
     assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG" for name in ("filters.png", "layers.png"))
+
+
+def test_the_filters_that_are_drawn_whiten_the_patches() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(16, 3, 12, 12, dtype=torch.float64).cumsum(3) * torch.tensor([1.0, 5, 25]).reshape(3, 1, 1)
+    config = WhiteningConfig(solver="eigh", eps=0.0, sampling="spread")
+    layer = WhitenedConv2d(3, 4, 3, whitening=config, dtype=torch.float64)
+    calibrate(layer, images)
+    white = F.conv2d(images, whitening_filters_of(layer)).movedim(1, -1).reshape(-1, 3)
+    torch.testing.assert_close(torch.cov(white.T, correction=0), torch.eye(3, dtype=torch.float64))
 
 
 def test_a_checkpoint_alone_is_enough(fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,6 +145,20 @@ def test_whitened_patches_are_those_that_the_layer_multiplies() -> None:
             torch.testing.assert_close(out, expected, atol=1e-10, rtol=0)
 
 
+def test_scaled_channels_are_looked_at_as_scaled() -> None:
+    x = correlated().reshape(64, 8, 8, 4).movedim(-1, 1)
+    uneven = x * torch.tensor([1.0, 10, 100, 1000]).reshape(4, 1, 1)
+    exact = WhiteningConfig(solver="eigh", eps=0.0)
+    for layer in (lambda: WhitenedConv2d(4, 2, 1, whitening=exact), lambda: nn.Conv2d(4, 2, 1)):
+        nets = [layer(), layer()]
+        if isinstance(nets[0], WhitenedConv2d):
+            nets = [calibrated(net, data) for net, data in zip(nets, (x, uneven), strict=True)]
+        (even,), (odd,) = (inspect_layers(net, data) for net, data in zip(nets, (x, uneven), strict=True))
+        assert odd.condition == pytest.approx(even.condition, rel=1e-3) and even.condition < 100
+        if odd.root_residual is not None:
+            assert odd.root_residual < 1e-4 and odd.whitened is not None and odd.whitened.correlation < 1e-4
+
+
 def test_plain_layers_are_seen_and_do_not_whiten() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
     views = inspect_layers(net, draws(64, 3, 4, 4).float())

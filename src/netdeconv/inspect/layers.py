@@ -59,9 +59,10 @@ class LayerView:
         taps: positions of the kernel.
         rows: patches looked at.
         raw, standardised, whitened: the patches as they come, less their mean and over their deviation, and less the
-            remembered mean times the remembered root; the last is ``None`` for a layer that does not whiten.
-        condition: largest over smallest eigenvalue of ``cov + eps I``, the worst of the blocks.
-        root_residual: ``|D (cov + eps I) D - I|_F / sqrt(n)`` of the remembered root D against the covariance of
+            running mean times the running scale and root; the last is ``None`` for a layer that does not whiten.
+        condition: largest over smallest eigenvalue of ``cov + eps I``, the worst of the blocks; of the scaled channels
+            where the layer scales them, or would.
+        root_residual: ``|D (cov + eps I) D - I|_F / sqrt(n)`` of the running root D against that covariance of
             these data, root mean square over the blocks; 0 is white. ``None`` for a layer that does not whiten.
         refresh_age: training steps since the root was last computed; ``None`` likewise.
         updates: how often it has been computed.

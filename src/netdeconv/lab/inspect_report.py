@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 
 from netdeconv import StatisticsError
 from netdeconv.inspect import LayerView, centre_filters
@@ -17,7 +17,7 @@ from netdeconv.lab.plots import LINES, png, tidy
 from netdeconv.lab.report import Page, Table
 from netdeconv.lab.store import write_whole
 
-__all__ = ["describe", "layer_table", "write"]
+__all__ = ["describe", "layer_table", "whitening_filters_of", "write"]
 
 _DRAWN = 72  # features of a correlation matrix that are drawn
 _SHOWN = 32  # filters of the first layer
@@ -28,7 +28,8 @@ _COLUMNS = [
 ]  # fmt: skip
 _NOTE = (
     "Before → after whitening. correlation: mean absolute value of two features of a patch, of which pixels are two "
-    "taps of one channel and channels two channels at one tap; condition: of the covariance plus eps, the worst block; "
+    "taps of one channel and channels two channels at one tap; condition: of the covariance plus eps, the worst block, "
+    "in convolutions by default of channels over their deviation; "
     "root residual: |D (cov + eps) D - 1| over the root of the size, 0 is white; age: training steps since the root "
     "was computed; kurtosis: 3 for Gaussian numbers; Hoyer's sparsity: 0.2 for Gaussian numbers of mean 0, here before "
     "whitening with the mean taken off. Layers without whitening have no second number."
@@ -162,10 +163,8 @@ def _filters(net: nn.Module, view: LayerView) -> Figure | None:
             weight = layer.folded()[0]
         except StatisticsError:
             return None
-        side = layer.kernel_size
-        if layer.whitening.blocks.single and all(k % 2 for k in side):
-            root = layer.whitening.running_root.detach()
-            centre = centre_filters(root.reshape(len(root), -1, *side))
+        if layer.whitening.blocks.single and all(k % 2 for k in layer.kernel_size):
+            centre = whitening_filters_of(layer)
     own = weight.detach()[:_SHOWN]
     columns = 8
     rows = math.ceil(len(own) / columns) + (centre is not None)
@@ -178,6 +177,15 @@ def _filters(net: nn.Module, view: LayerView) -> Figure | None:
     for i, kernel in enumerate(own):
         _show(grid[i // columns + (centre is not None), i % columns], kernel)
     return figure
+
+
+def whitening_filters_of(layer: Any) -> Tensor:
+    """Filters of the centre pixel that whiten a layer's input: the rows of ``D S``, root times scale; one block."""
+    found = layer.whitening.remembered()
+    root = found.roots[0].detach()
+    if found.scale is not None:
+        root = root * layer.whitening.blocks.of_channels(found.scale).flatten()
+    return centre_filters(root.reshape(len(root), -1, *layer.kernel_size))
 
 
 def _show(axes: Any, kernel: Any) -> None:
