@@ -111,7 +111,8 @@ class _Fold(Function):
         grad_rows = grad_folded.reshape(blocks.groups, -1, blocks.group_features)
         grad_shift = -grad_shifted.reshape(blocks.groups, -1, 1)
         grad_mean = grad_scale = grad_weight = None
-        folded = kept.pop(0).reshape(grad_rows.shape) if for_mean or for_scale else None
+        if for_mean or for_scale:
+            folded = kept.pop(0).reshape(grad_rows.shape)
         if for_mean:
             grad_mean = (grad_shift.mT @ folded).squeeze(1)
         total = grad_rows  # the gradient of D w, but for the outer product where that is added as a vector below
