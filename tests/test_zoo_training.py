@@ -30,7 +30,7 @@ RUNS = {
     "vgg16": Run(1 / 16, 0.05, 5),
     "resnet18": Run(1 / 16, 0.05, 5),
     "preact_resnet18": Run(1 / 16, 0.05, 4),
-    "densenet121": Run(1 / 16, 0.05, 8),
+    "densenet121": Run(1 / 16, 0.05, 12),
     "resnext29_32x4d": Run(1 / 16, 0.1, 6),
     "mobilenet_v2": Run(1 / 8, 0.1, 14),
     "dpn92": Run(1 / 16, 0.05, 10),
