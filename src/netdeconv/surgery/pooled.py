@@ -54,7 +54,7 @@ def _through(module: Any, pooled: bool, found: set[nn.Module]) -> bool:
             found.add(module)
         return pooled
     if is_sequence(module) or type(module).__name__ in _SEQUENCES:
-        for child in module.children():
+        for child in module:  # a member may stand there twice
             pooled = _through(child, pooled, found)
         return pooled
     harmless = is_like_batch_norm(module) or isinstance(module, nn.Identity) or type(module).__module__ in _BETWEEN
