@@ -13,7 +13,16 @@ from torch import Tensor
 import netdeconv.nn.estimator
 from layer_kinds import BY_NAME, Kind, every_kind
 from netdeconv import NonFiniteWarning, WhitenedConv2d, WhiteningConfig
-from netdeconv.functional import Blocks, Geometry, Slope, Window, channel_variance, fold, scale_of, whitened_convolution
+from netdeconv.functional import (
+    Blocks,
+    Geometry,
+    Window,
+    channel_variance,
+    fold,
+    scale_of,
+    slope_of,
+    whitened_convolution,
+)
 
 # float64, sums of at most a few hundred numbers of order one.
 TIGHT: dict[str, Any] = {"rtol": 1e-11, "atol": 1e-11}
@@ -116,10 +125,16 @@ def test_an_empty_batch_has_no_variance_and_a_gradient_of_no_entries(max_rows: i
 
 def test_scale_by_hand() -> None:
     var = torch.tensor([4.0, 0.25, 1e-8, 0.0], requires_grad=True)
+    least = 0.01 * 4.25 / 4  # a hundredth of the mean, but for 1e-8
     scale = scale_of(var, 1e-4)
-    torch.testing.assert_close(scale, torch.tensor([0.5, 2, 100, 100]))
+    torch.testing.assert_close(scale, torch.tensor([0.5, 2, least**-0.5, least**-0.5]))
     (grad,) = torch.autograd.grad(scale.sum(), var)
-    torch.testing.assert_close(grad, torch.tensor([-0.5 / 8, -0.5 / 0.125, 0, 0]))
+    common = 2 * 0.01 / 4 * (-0.5 * least**-1.5)  # two channels are divided by it, and it is of all four
+    torch.testing.assert_close(grad, torch.tensor([-0.5 / 8, -0.5 / 0.125, 0, 0]) + common)
+    scale = scale_of(var, 0.5)
+    torch.testing.assert_close(scale, torch.tensor([0.5, 2**0.5, 2**0.5, 2**0.5]))
+    (grad,) = torch.autograd.grad(scale.sum(), var)
+    torch.testing.assert_close(grad, torch.tensor([-0.5 / 8, 0, 0, 0]))
     assert bool(scale_of(torch.zeros(2), 0.0).isfinite().all())
 
 
@@ -177,6 +192,7 @@ def step_of(
     channels: int = 4,
     groups: int = 1,
     max_rows: int | None = None,
+    loudness: float = 1.0,
     stride: tuple[int, ...] = (1, 2),
     padding: tuple[int, ...] = (1, 0),
 ) -> tuple[Any, Any, tuple[Tensor, Tensor, Tensor]]:
@@ -187,16 +203,17 @@ def step_of(
     roots = [(root + root.mT) / 2 for root in (randn(*shape, seed=6) for shape in blocks.root_shapes)]
     geometry = Geometry(stride, padding, (1, 1), groups)
     x, weight, bias = randn(5, channels, 4, 5), randn(2 * groups, channels // groups, 2, 3, seed=1), randn(2 * groups)
-    x[:, 1] *= 1e-3  # a channel whose variance is below eps: its scale is a constant
+    x[:, 1] *= 1e-3  # a channel that is divided by the least deviation, which is of the mean, or of eps: a constant
+    x *= loudness
 
     def one_node(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         channel_mean, var, count = channel_variance(x.detach(), max_rows=max_rows)
-        slope = Slope(channel_mean, (var > EPS).to(var.dtype) / count, max_rows, EPS)
+        slope = slope_of(var, channel_mean, count, max_rows=max_rows, eps=EPS)
         return whitened_convolution(x, weight, bias, mean, roots, scale_of(var, EPS), slope, blocks, geometry)
 
     def by_operators(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         some = x if max_rows is None else x[:: max(1, len(x) * 20 // max_rows)]
-        folded, shifted = fold(weight, bias, mean, roots, blocks, plain(some).clamp(min=EPS).rsqrt())
+        folded, shifted = fold(weight, bias, mean, roots, blocks, scale_of(plain(some), EPS))
         return torch.conv2d(x, folded, shifted, stride, padding, 1, groups)
 
     return one_node, by_operators, (x, weight, bias)
@@ -224,8 +241,9 @@ def test_one_node_is_all_the_operators_with_both_gradients(
         torch.testing.assert_close(ours, known, rtol=1e-9, atol=1e-7)  # fourth powers of numbers of order ten
 
 
-def test_one_node_without_a_bias() -> None:
-    one_node, by_operators, (x, weight, _) = step_of()
+@pytest.mark.parametrize("loudness", [1.0, 0.1])
+def test_one_node_without_a_bias(loudness: float) -> None:
+    one_node, by_operators, (x, weight, _) = step_of(loudness=loudness)
     leaves = [x.requires_grad_(), weight.requires_grad_()]
     ours, known = (torch.autograd.grad(run(*leaves, None).square().sum(), leaves) for run in (one_node, by_operators))
     torch.testing.assert_close(ours, known, **TIGHT)

@@ -44,7 +44,7 @@ def test_the_loss_does_not_change_with_the_scale_of_the_input(name: str, differe
             layer(centred(step) * (1 + step))
     assert layers[0].whitening.clock.due == (steps != 17)
     x = centred(99).requires_grad_()
-    larger = x.detach() * torch.tensor([3.0, 7.0, 1e3, 1.0], dtype=torch.float64)[:, None, None]
+    larger = x.detach() * torch.tensor([3.0, 7.0, 2.0, 1.0], dtype=torch.float64)[:, None, None]
     y, same = layers[0](x), layers[1](larger)
     torch.testing.assert_close(same, y, rtol=1e-9, atol=1e-9)
     loss = (y * torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).sum() ** 2
@@ -53,6 +53,21 @@ def test_the_loss_does_not_change_with_the_scale_of_the_input(name: str, differe
     size = (slope.square().sum((0, 2, 3)) * x.square().sum((0, 2, 3))).sqrt()
     assert float(size.detach().min()) > 0.1
     torch.testing.assert_close(by_log_scale / size, torch.zeros_like(size), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SCALED_LAYERS)
+def test_a_channel_that_is_nearly_dead_is_divided_by_a_tenth_of_the_others_deviation(name: str) -> None:
+    layer = scaled_layer(name, update_every=16)
+    x = centred(0)
+    x[:, 2] *= 1e-4
+    x.requires_grad_()
+    scale = layer.whitening(x).scale
+    var = x.detach().square().mean((0, 2, 3))
+    close(scale[2], 10 * var.mean() ** -0.5, rtol=1e-9, atol=1e-9)
+    close(scale[[0, 1, 3]], var[[0, 1, 3]] ** -0.5, rtol=1e-9, atol=1e-9)
+    (slope,) = torch.autograd.grad(layer(x).square().sum(), x)
+    length = float((slope.square().sum() * x.detach().square().sum()).sqrt())
+    assert abs(float((slope * x.detach()).sum())) < 1e-9 * length  # all together, the input may be of any size
 
 
 def test_below_eps_and_without_scale_the_loss_does_change() -> None:

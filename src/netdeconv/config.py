@@ -67,8 +67,8 @@ class WhiteningConfig:
         sampling_stride: distance of sampled patches along every dimension, in output positions.
         max_samples: most patches looked at in one refresh; ``None`` for no limit. Not with ``"corner"``.
         scale: divide every channel by its standard deviation in this batch, at every step and with the gradient through
-            it, as batch normalisation does; the root is then that of the correlations. ``None`` is true but for
-            linear layers.
+            it, as batch normalisation does; the root is then that of the correlations. A channel's variance is taken
+            for at least a hundredth of the layer's mean. ``None`` is true but for linear layers.
         update_every: training steps between two computations of the root; mean and scale are taken at every step. The
             first 16 steps compute it every time, then the distance doubles until it has reached this number. ``None``
             is 16, and 1 in linear layers.

@@ -8,7 +8,7 @@ from netdeconv.functional.moments import Moments, patch_moments
 from netdeconv.functional.patches import Window, gather_patches, mean_patch
 from netdeconv.functional.sampling import Sample, corner_patches, spread_patches
 from netdeconv.functional.scale import channel_variance, scale_of
-from netdeconv.functional.step import Geometry, Slope, whitened_convolution
+from netdeconv.functional.step import Geometry, Slope, slope_of, whitened_convolution
 
 __all__ = [
     "SOLVERS",
@@ -27,6 +27,7 @@ __all__ = [
     "mean_patch",
     "patch_moments",
     "scale_of",
+    "slope_of",
     "spread_patches",
     "whitened_convolution",
 ]

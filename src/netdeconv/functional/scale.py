@@ -7,7 +7,11 @@ from torch import Tensor
 
 from netdeconv.functional.precision import without_autocast
 
-__all__ = ["along_channels", "channel_variance", "scale_of", "some_images"]
+__all__ = ["LEAST_SHARE", "along_channels", "channel_variance", "least_variance", "scale_of", "some_images"]
+
+# Of the channels' mean variance, what every channel is taken to have at least. One that is nearly dead shows now and
+# then, and in other images than those that its variance is of: divided by its own deviation it makes training diverge.
+LEAST_SHARE = 0.01
 
 
 def channel_variance(x: Tensor, *, max_rows: int | None = None) -> tuple[Tensor, Tensor, int]:
@@ -28,8 +32,16 @@ def channel_variance(x: Tensor, *, max_rows: int | None = None) -> tuple[Tensor,
 
 
 def scale_of(var: Tensor, eps: float) -> Tensor:
-    """What a channel of this variance is multiplied by: one over its deviation, at most one over the root of eps."""
-    return var.clamp(min=max(eps, torch.finfo(var.dtype).tiny)).rsqrt()
+    """What channels of these variances are multiplied by: one over their deviation, or over the least one.
+
+    Shapes: ``(C,)`` -> ``(C,)``.
+    """
+    return var.maximum(least_variance(var, eps)).rsqrt()
+
+
+def least_variance(var: Tensor, eps: float) -> Tensor:
+    """The variance that a channel is taken to have at least: a hundredth of the channels' mean, and ``eps``."""
+    return (LEAST_SHARE * var.mean()).clamp(min=max(eps, torch.finfo(var.dtype).tiny))
 
 
 def some_images(x: Tensor, max_rows: int | None) -> Tensor:

@@ -12,9 +12,16 @@ from torch.autograd.function import Function
 from netdeconv.functional.blocks import Blocks
 from netdeconv.functional.fold import fold, times_roots
 from netdeconv.functional.precision import without_autocast
-from netdeconv.functional.scale import along_channels, channel_variance, scale_of, some_images
+from netdeconv.functional.scale import (
+    LEAST_SHARE,
+    along_channels,
+    channel_variance,
+    least_variance,
+    scale_of,
+    some_images,
+)
 
-__all__ = ["Geometry", "Slope", "whitened_convolution"]
+__all__ = ["Geometry", "Slope", "slope_of", "whitened_convolution"]
 
 
 class Geometry(NamedTuple):
@@ -30,16 +37,30 @@ class Slope(NamedTuple):
     """How a scale was computed: what its gradient needs.
 
     Args:
-        mean: of every channel, in the images that the variance is of.
-        share: one over the number of entries that it is of; zero for a channel whose scale is a constant.
+        mean: of every channel, in the images that the variances are of.
+        own: one over the number of entries that they are of, for a channel divided by its own deviation; otherwise 0.
+        common: the same, times the share of every variance, for a channel divided by the least one, of the mean.
         max_rows: as :func:`netdeconv.functional.channel_variance` got it.
         eps: the smallest variance that a channel is divided by.
     """
 
     mean: Tensor
-    share: Tensor
+    own: Tensor
+    common: Tensor
     max_rows: int | None
     eps: float
+
+    def where(self, counts: Tensor) -> Slope:
+        """The slope, or that of a constant."""
+        return self._replace(own=self.own * counts, common=self.common * counts)
+
+
+def slope_of(var: Tensor, mean: Tensor, count: int, *, max_rows: int | None, eps: float) -> Slope:
+    """The slope of :func:`netdeconv.functional.scale_of` for what ``channel_variance`` returned, without gradient."""
+    least = least_variance(var, eps)
+    own = (var > least).to(var.dtype) / max(1, count)
+    of_mean = (least > eps).to(var.dtype) * (LEAST_SHARE / max(1, len(var)))
+    return Slope(mean, own, (1 / max(1, count) - own) * of_mean, max_rows, eps)
 
 
 def whitened_convolution(
@@ -88,7 +109,7 @@ class _Step(Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with without_autocast(kind):
             y = _convolution(x.to(dtype), folded.to(dtype), shifted.to(dtype), geometry)
-        ctx.save_for_backward(x, weight, bias, mean, scale, folded, slope.mean, slope.share, *roots)
+        ctx.save_for_backward(x, weight, bias, mean, scale, folded, *slope[:3], *roots)
         ctx.rest = slope, blocks, geometry, dtype
         return y
 
@@ -101,7 +122,7 @@ class _Step(Function):
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Of x, weight and bias."""
-    x, weight, _, mean, scale, folded, channel_mean, share, *roots = ctx.saved_tensors
+    x, weight, _, mean, scale, folded, channel_mean, own, common, *roots = ctx.saved_tensors
     slope, blocks, geometry, dtype = ctx.rest
     for_x, _, for_bias, *_ = ctx.needs_input_grad
     padding_of_output = [0] * len(geometry.stride)
@@ -115,7 +136,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if for_x:
         grad_x = grad_x.to(x.dtype)
         of_features = (total * folded.to(scale.dtype).reshape(rows.shape)).sum(1)
-        factor = of_features.reshape(-1, blocks.taps).sum(1) * scale.square() * share
+        along = of_features.reshape(-1, blocks.taps).sum(1) * scale.square()  # -2 times the gradient of the variance
+        factor = along * own + torch.dot(along, common)
         some, part = some_images(x, slope.max_rows), some_images(grad_x, slope.max_rows)
         factor, offset = (along_channels(value, x).to(x.dtype) for value in (factor, factor * channel_mean))
         part.addcmul_(some, factor, value=-1).add_(offset)
@@ -125,10 +147,10 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _by_parts(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The same with a gradient of its own, from operators that have one."""
-    x, weight, bias, mean, _, _, _, share, *roots = ctx.saved_tensors
+    x, weight, bias, mean, scale, _, _, own, common, *roots = ctx.saved_tensors
     slope, blocks, geometry, dtype = ctx.rest
     _, var, _ = channel_variance(x, max_rows=slope.max_rows)
-    scale = torch.where(share > 0, scale_of(var, slope.eps), ctx.saved_tensors[4])
+    scale = torch.where((own + common).sum() > 0, scale_of(var, slope.eps), scale)
     folded, shifted = fold(weight, bias, mean, roots, blocks, scale)
     y = _convolution(x.to(dtype), folded.to(dtype), shifted.to(dtype), geometry)
     inputs = [value for value, needed in zip((x, weight, bias), ctx.needs_input_grad, strict=False) if needed]

@@ -25,6 +25,7 @@ from netdeconv.functional import (
     mean_patch,
     patch_moments,
     scale_of,
+    slope_of,
     spread_patches,
 )
 
@@ -89,8 +90,7 @@ class Estimator:
 
     def slope_of(self, x: Tensor, var: Tensor, mean: Tensor, count: int) -> Slope:
         """The gradient of the scale, where that is computed by hand; arguments of and from :meth:`variance_of`."""
-        share = (var > self.config.eps).to(var.dtype) / max(1, count)
-        return Slope(mean, share, _rows_for_variance(x), self.config.eps)
+        return slope_of(var, mean, count, max_rows=_rows_for_variance(x), eps=self.config.eps)
 
     def scale_of(self, var: Tensor) -> Tensor:
         """What every channel is multiplied by; see :func:`netdeconv.functional.scale_of`."""

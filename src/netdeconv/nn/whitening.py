@@ -218,7 +218,7 @@ class Whitening(RunningStatistics):
         mean = torch.where(counts, mean, self.running_mean.to(mean.dtype))
         if var is not None and self.running_var is not None:
             var = torch.where(counts, var, self.running_var.to(var.dtype))
-        return Batch(mean, var, None if slope is None else slope._replace(share=slope.share * counts), counts)
+        return Batch(mean, var, None if slope is None else slope.where(counts), counts)
 
     def _kept_roots(self) -> list[Tensor]:
         return [kept(root) for root in self._last_roots()]

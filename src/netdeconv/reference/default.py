@@ -35,8 +35,13 @@ def refreshes(step: int, update_every: int) -> bool:
 
 
 def scale_of(x: Tensor, eps: float) -> Tensor:
-    """S of x (batch, C, *size): ``max(V, eps)^(-1/2)`` for every channel, (C,), V biased."""
-    return _variance(x).clamp(min=eps).rsqrt()
+    """S of x (batch, C, *size), (C,), from the biased variance V of every channel."""
+    return _scale(_variance(x), eps)
+
+
+def _scale(V: Tensor, eps: float) -> Tensor:
+    """``max(V, mean(V) / 100, eps)^(-1/2)``."""
+    return V.maximum(V.mean() / 100).clamp(min=eps).rsqrt()
 
 
 def _variance(x: Tensor) -> Tensor:
@@ -149,7 +154,7 @@ class _Statistics:
         if not self.steps:
             return self.identity()
         D = self.running_D()
-        S = self.running_V().clamp(min=self.eps).rsqrt() if self.scale else None
+        S = _scale(self.running_V(), self.eps) if self.scale else None
         return _Used(self.running_mu(), S, D[0], D[1] if len(D) > 1 else None)
 
     def running_mu(self) -> Tensor:
