@@ -157,7 +157,13 @@ def test_a_run_that_has_not_ended_compares_what_was_searched() -> None:
 
 def test_a_picture_for_each_data_set_and_number_of_epochs() -> None:
     found = cifar_report.present({"runs": [*TWO, *({**run, "epochs": 20} for run in TWO)]})
-    assert [picture.name for picture in found.figures] == ["cifar-rates-cifar10-1", "cifar-rates-cifar10-20"]
+    names = ["cifar-rates-cifar10-1", "cifar-rates-cifar10-20", "cifar-curves-cifar10-20"]
+    assert [picture.name for picture in found.figures] == names
+    figure = Figure(layout="constrained")
+    found.figures[2].draw(figure)
+    lines = figure.axes[0].lines
+    assert [(line.get_label(), *line.get_ydata()) for line in lines] == [("BatchNorm", 50), ("ND", 62)]
+    assert all(float(step).is_integer() for axes in figure.axes for step in axes.get_xticks())
     assert [table.title for table in found.tables[:2]] == [
         "CIFAR-10, 1 epoch: test accuracy", "CIFAR-10, 20 epochs: test accuracy"
     ]  # fmt: skip

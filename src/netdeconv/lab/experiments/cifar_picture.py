@@ -1,4 +1,4 @@
-"""Test accuracy by learning rate, a panel for each network."""
+"""Test accuracy by learning rate, or by epoch, a panel for each network."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from netdeconv.lab.experiments.trials import NAMES, accuracies, by_rate
+from netdeconv.lab.experiments.trials import NAMES, accuracies, best_rate, by_rate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,13 +19,17 @@ __all__ = ["draw"]
 _MOST_COLUMNS = 5
 
 
-def draw(figure: Figure, *, title: str, panels: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> None:
+Runs = Sequence[Mapping[str, Any]]
+
+
+def draw(figure: Figure, *, title: str, panels: Mapping[str, Mapping[str, Runs]], by_epoch: bool = False) -> None:
     """Fill an empty figure.
 
     Args:
         figure: its size is set.
         title: stands above all panels.
         panels: by title: the runs of one network by norm.
+        by_epoch: along the epochs, every norm at its best rate, and not along the rates.
     """
     from netdeconv.lab.plots import styles_of_norms
 
@@ -39,26 +43,50 @@ def draw(figure: Figure, *, title: str, panels: Mapping[str, Mapping[str, Sequen
     for place, (name, norms) in enumerate(panels.items()):
         axes = grid.flat[place]
         for norm, runs in norms.items():
-            _line(axes, runs, label=NAMES.get(norm, norm), style=styles[norm])
+            _line(axes, _by_epoch(runs) if by_epoch else _by_rate(runs), NAMES.get(norm, norm), styles[norm])
         axes.set_title(name, fontsize=9)
         if place + columns >= len(panels):  # nothing below it
-            axes.set_xlabel("learning rate", fontsize=8)
+            axes.set_xlabel("epoch" if by_epoch else "learning rate", fontsize=8)
         if place % columns == 0:
             axes.set_ylabel("test accuracy, %", fontsize=8)
-        _ticks_at(axes, rates)
+        if by_epoch:
+            _ticks_at_epochs(axes, max(run["epochs"] for runs in norms.values() for run in runs))
+        else:
+            _ticks_at(axes, rates)
     for axes in grid.flat[len(panels) :]:
         axes.remove()
     shown = {label: line for axes in grid.flat for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown), fontsize=8, frameon=False)
 
 
-def _line(axes: Axes, runs: Sequence[Mapping[str, Any]], *, label: str, style: Mapping[str, Any]) -> None:
+def _by_rate(runs: Runs) -> dict[float, list[float]]:
+    """Test accuracies of the seeds at every rate."""
+    return {rate: accuracies(same) for rate, same in sorted(by_rate(runs).items())}
+
+
+def _by_epoch(runs: Runs) -> dict[float, list[float]]:
+    """Test accuracies of the seeds after every epoch, at the best rate."""
+    curves = [run["curves"]["test/accuracy"] for run in by_rate(runs)[best_rate(runs)]]
+    return {number: [100 * (value or 0.0) for value in at] for number, at in enumerate(zip(*curves, strict=True), 1)}
+
+
+def _line(axes: Axes, values: Mapping[float, Sequence[float]], label: str, style: Mapping[str, Any]) -> None:
     """Mean over seeds, and from the worst to the best of them."""
-    groups = sorted(by_rate(runs).items())
-    rates = [rate for rate, _ in groups]
-    values = [accuracies(same) for _, same in groups]
-    axes.plot(rates, list(map(statistics.fmean, values)), label=label, markersize=4, linewidth=1.4, **style)
-    axes.vlines(rates, list(map(min, values)), list(map(max, values)), color=style["color"], linewidth=1)
+    means = list(map(statistics.fmean, values.values()))
+    axes.plot(list(values), means, label=label, markersize=4, linewidth=1.4, **style)
+    lowest, highest = (list(map(end, values.values())) for end in (min, max))
+    axes.vlines(list(values), lowest, highest, color=style["color"], linewidth=1)
+
+
+def _ticks_at_epochs(axes: Axes, epochs: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    from netdeconv.lab.plots import tidy
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_xlim(0.7, epochs + 0.3)
+    axes.tick_params(labelsize=7, labelbottom=True)
+    tidy(axes)
 
 
 def _ticks_at(axes: Axes, rates: Sequence[float]) -> None:

@@ -99,7 +99,8 @@ def present(result: Mapping[str, Any]) -> Presentation:
         runs.setdefault((run["dataset"], run["epochs"]), []).append(run)
     groups = [Group(*place, same) for place, same in runs.items()]
     tables = [*map(_accuracy_table, groups), *map(_rates_table, groups)]
-    return Presentation(" ".join(map(_verdict, groups)), tables, [_picture(group, len(groups)) for group in groups])
+    pictures = [picture for group in groups for picture in _pictures(group, len(groups))]
+    return Presentation(" ".join(map(_verdict, groups)), tables, pictures)
 
 
 def _accuracy_table(group: Group) -> Table:
@@ -207,10 +208,15 @@ def _sentence(which: str, gaps: Sequence[float]) -> str:
     )
 
 
-def _picture(group: Group, groups: int) -> Picture:
+def _pictures(group: Group, groups: int) -> list[Picture]:
+    """Accuracy by rate, and by epoch where there are several."""
     panels = {f"{case.label}, width {case.width:g}": case.runs for case in group.cases}
-    return Picture(
-        "cifar-rates" if groups == 1 else f"cifar-rates-{group.dataset}-{group.epochs}",
-        f"{group.title}: test accuracy by learning rate, mean over seeds and the seeds' range.",
-        partial(draw, title=group.title, panels=panels),
-    )
+    place = "" if groups == 1 else f"-{group.dataset}-{group.epochs}"
+    settings: dict[str, Any] = {"title": group.title, "panels": panels}
+    end = "mean over seeds and the seeds' range."
+    pictures = [Picture(f"cifar-rates{place}", f"{group.title}: test accuracy by learning rate, {end}",
+                        partial(draw, **settings))]  # fmt: skip
+    if group.epochs > 1:
+        caption = f"{group.title}: test accuracy by epoch, every norm at its best rate, {end}"
+        pictures.append(Picture(f"cifar-curves{place}", caption, partial(draw, **settings, by_epoch=True)))
+    return pictures
