@@ -19,8 +19,8 @@ from netdeconv.functional import (
     Window,
     channel_variance,
     fold,
+    scale_and_slope,
     scale_of,
-    slope_of,
     whitened_convolution,
 )
 
@@ -208,8 +208,8 @@ def step_of(
 
     def one_node(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         channel_mean, var, count = channel_variance(x.detach(), max_rows=max_rows)
-        slope = slope_of(var, channel_mean, count, max_rows=max_rows, eps=EPS)
-        return whitened_convolution(x, weight, bias, mean, roots, scale_of(var, EPS), slope, blocks, geometry)
+        found = scale_and_slope(var, channel_mean, count, max_rows=max_rows, eps=EPS)
+        return whitened_convolution(x, weight, bias, mean, roots, *found, blocks, geometry)
 
     def by_operators(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         some = x if max_rows is None else x[:: max(1, len(x) * 20 // max_rows)]

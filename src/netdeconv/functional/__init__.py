@@ -8,7 +8,7 @@ from netdeconv.functional.moments import Moments, patch_moments
 from netdeconv.functional.patches import Window, gather_patches, mean_patch
 from netdeconv.functional.sampling import Sample, corner_patches, spread_patches
 from netdeconv.functional.scale import channel_variance, scale_of
-from netdeconv.functional.step import Geometry, Slope, slope_of, whitened_convolution
+from netdeconv.functional.step import Geometry, Slope, scale_and_slope, whitened_convolution
 
 __all__ = [
     "SOLVERS",
@@ -26,8 +26,8 @@ __all__ = [
     "inverse_sqrt_of_rows",
     "mean_patch",
     "patch_moments",
+    "scale_and_slope",
     "scale_of",
-    "slope_of",
     "spread_patches",
     "whitened_convolution",
 ]

@@ -141,3 +141,8 @@ class Blocks:
     def of_channels(self, value: Tensor) -> Tensor:
         """A number of every channel as ``(groups, group_features)``, the same for all taps."""
         return value.unsqueeze(-1).expand(-1, self.taps).reshape(self.groups, self.group_features)
+
+    def times_channels(self, rows: Tensor, value: Tensor) -> Tensor:
+        """``(groups, rows, group_features)`` times a number of every channel."""
+        shape = (self.groups, -1, self.channels // self.groups, self.taps)
+        return (rows.reshape(shape) * value.reshape(self.groups, 1, -1, 1)).reshape(rows.shape)

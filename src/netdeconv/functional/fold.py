@@ -56,7 +56,7 @@ def _plain_fold(
     """``(w, b) -> (S D w, b - mean S D w)`` for every group, in operators that anything can look through."""
     folded = times_roots(weight.reshape(blocks.groups, -1, blocks.group_features), roots, blocks)
     if scale is not None:
-        folded = folded * blocks.of_channels(scale).unsqueeze(1)
+        folded = blocks.times_channels(folded, scale)
     shift = torch.bmm(folded, mean.unsqueeze(-1)).flatten()  # `@` has more operators around it
     return folded.reshape(weight.shape), -shift if bias is None else bias - shift
 
@@ -121,7 +121,7 @@ class _Fold(Function):
             if for_scale:
                 of_features = (total * folded).sum(1).reshape(-1, blocks.taps).sum(1)
                 grad_scale = of_features / scale
-            total = total * blocks.of_channels(scale).unsqueeze(1)
+            total = blocks.times_channels(total, scale)
         grad_roots: list[Tensor | None] = [None] * len(roots)
         if any(for_roots):
             whole = total if scale is not None else torch.addcmul(grad_rows, grad_shift, mean.unsqueeze(1))

@@ -21,7 +21,7 @@ from netdeconv.functional.scale import (
     some_images,
 )
 
-__all__ = ["Geometry", "Slope", "slope_of", "whitened_convolution"]
+__all__ = ["Geometry", "Slope", "scale_and_slope", "whitened_convolution"]
 
 
 class Geometry(NamedTuple):
@@ -55,12 +55,14 @@ class Slope(NamedTuple):
         return self._replace(own=self.own * counts, common=self.common * counts)
 
 
-def slope_of(var: Tensor, mean: Tensor, count: int, *, max_rows: int | None, eps: float) -> Slope:
-    """The slope of :func:`netdeconv.functional.scale_of` for what ``channel_variance`` returned, without gradient."""
+def scale_and_slope(
+    var: Tensor, mean: Tensor, count: int, *, max_rows: int | None, eps: float
+) -> tuple[Tensor, Slope]:
+    """:func:`netdeconv.functional.scale_of` and its slope for what ``channel_variance`` returned, without gradient."""
     least = least_variance(var, eps)
     own = (var > least).to(var.dtype) / max(1, count)
     of_mean = (least > eps).to(var.dtype) * (LEAST_SHARE / max(1, len(var)))
-    return Slope(mean, own, (1 / max(1, count) - own) * of_mean, max_rows, eps)
+    return var.maximum(least).rsqrt(), Slope(mean, own, (1 / max(1, count) - own) * of_mean, max_rows, eps)
 
 
 def whitened_convolution(
@@ -141,7 +143,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         some, part = some_images(x, slope.max_rows), some_images(grad_x, slope.max_rows)
         factor, offset = (along_channels(value, x).to(x.dtype) for value in (factor, factor * channel_mean))
         part.addcmul_(some, factor, value=-1).add_(offset)
-    grad_weight = times_roots(total * blocks.of_channels(scale).unsqueeze(1), roots, blocks).reshape(weight.shape)
+    grad_weight = times_roots(blocks.times_channels(total, scale), roots, blocks).reshape(weight.shape)
     return grad_x, grad_weight.to(weight.dtype), grad_shifted.to(weight.dtype) if for_bias else None
 
 

@@ -24,8 +24,8 @@ from netdeconv.functional import (
     inverse_sqrt_of_rows,
     mean_patch,
     patch_moments,
+    scale_and_slope,
     scale_of,
-    slope_of,
     spread_patches,
 )
 
@@ -88,9 +88,9 @@ class Estimator:
         """Mean and variance of every channel of x, and of how many entries they are; the variance has a gradient."""
         return channel_variance(x, max_rows=_rows_for_variance(x))
 
-    def slope_of(self, x: Tensor, var: Tensor, mean: Tensor, count: int) -> Slope:
-        """The gradient of the scale, where that is computed by hand; arguments of and from :meth:`variance_of`."""
-        return slope_of(var, mean, count, max_rows=_rows_for_variance(x), eps=self.config.eps)
+    def scale_and_slope(self, x: Tensor, var: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Slope]:
+        """The scale, and its gradient where that is computed by hand; arguments of and from :meth:`variance_of`."""
+        return scale_and_slope(var, mean, count, max_rows=_rows_for_variance(x), eps=self.config.eps)
 
     def scale_of(self, var: Tensor) -> Tensor:
         """What every channel is multiplied by; see :func:`netdeconv.functional.scale_of`."""

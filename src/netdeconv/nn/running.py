@@ -35,6 +35,7 @@ class Batch(NamedTuple):
 
     mean: Tensor
     var: Tensor | None
+    scale: Tensor | None
     slope: Slope | None
     counts: Tensor
 
@@ -144,7 +145,7 @@ class RunningStatistics(nn.Module):
 
     def _remember(self, batch: Batch, due: bool) -> None:
         """Blend mean and variance into the running ones; where they do not count, they are those already."""
-        mean, var, _, counts = batch
+        mean, var, *_, counts = batch
         counters = self._counters()
         if due or not self._ready or torch.compiler.is_compiling():
             steps = counters.num_steps + 1

@@ -12,6 +12,7 @@ from torch import Tensor
 from netdeconv.config import WhiteningConfig
 from netdeconv.errors import StatisticsError
 from netdeconv.functional import Moments, Window
+from netdeconv.functional.onlookers import traced
 from netdeconv.nn.estimator import Estimator
 from netdeconv.nn.refresh import all_finite, opaque_refresh, refreshed, usable, varies
 from netdeconv.nn.running import Batch, RunningStatistics, Statistics, kept
@@ -189,11 +190,15 @@ class Whitening(RunningStatistics):
         several = (moments.total > 1) | (not self.config.debias)  # of a single row, the mean is all there is
         if channels is None:
             counts = all_finite((moments.mean,))
-            return self._or_running(Batch(moments.mean, None, None, _both(counts, several))), sample
+            return self._or_running(Batch(moments.mean, None, None, None, _both(counts, several))), sample
         channel_mean, var, count = channels
         counts = _both(all_finite((moments.mean, var)) & varies(var, channel_mean.square()), several)
-        slope = self.estimator.slope_of(x, var, channel_mean, count) if by_hand else None
-        return self._or_running(Batch(moments.mean, var, slope, counts)), sample
+        slope = None
+        if by_hand:
+            scale, slope = self.estimator.scale_and_slope(x, var, channel_mean, count)
+        else:
+            scale = self.estimator.scale_of(var)
+        return self._or_running(Batch(moments.mean, var, scale, slope, counts)), sample
 
     def _joined(
         self, moments: Moments, sample: Moments | None, channels: tuple[Tensor, Tensor, int] | None
@@ -214,18 +219,21 @@ class Whitening(RunningStatistics):
 
     def _or_running(self, batch: Batch) -> Batch:
         """The batch, or the running values, which are constants, where it does not count."""
-        mean, var, slope, counts = batch
+        mean, var, scale, slope, counts = batch
+        if counts.device.type == "cpu" and not traced() and counts:  # elsewhere, to look would mean to wait
+            return batch
         mean = torch.where(counts, mean, self.running_mean.to(mean.dtype))
-        if var is not None and self.running_var is not None:
-            var = torch.where(counts, var, self.running_var.to(var.dtype))
-        return Batch(mean, var, None if slope is None else slope.where(counts), counts)
+        if var is not None and scale is not None and self.running_var is not None:
+            running = self.running_var.to(var.dtype)
+            var = torch.where(counts, var, running)
+            scale = torch.where(counts, scale, self.estimator.scale_of(running))
+        return Batch(mean, var, scale, None if slope is None else slope.where(counts), counts)
 
     def _kept_roots(self) -> list[Tensor]:
         return [kept(root) for root in self._last_roots()]
 
     def _statistics(self, batch: Batch, roots: Sequence[Tensor]) -> Statistics:
-        scale = None if batch.var is None else self.estimator.scale_of(batch.var)
-        return Statistics(batch.mean, tuple(roots), scale, batch.slope)
+        return Statistics(batch.mean, tuple(roots), batch.scale, batch.slope)
 
     def _ordinary(self, x: Tensor, again: bool, by_hand: bool) -> Statistics:
         """Mean and scale of this batch, root of the last refresh."""
@@ -263,8 +271,8 @@ class Whitening(RunningStatistics):
             assert joined is not None
             return batch, joined, None
         batch = self._of_batch(x, by_hand)
-        assert batch.var is not None
-        scale = self.estimator.scale_of(batch.var if differentiable else batch.var.detach())
+        assert batch.scale is not None
+        scale = batch.scale if differentiable else batch.scale.detach()
         moments = self.estimator.sample_moments(seen, turn, scale, factored=factored)
         if self._shared():
             about = self.running_mean.to(scale.dtype) * self.blocks.of_channels(scale.detach()).flatten()
@@ -278,7 +286,7 @@ class Whitening(RunningStatistics):
     def _opaque_refresh(self, x: Tensor) -> Statistics:
         """:meth:`_refresh` for a compiler that does not have to look inside."""
         batch = self._of_batch(x)
-        scale = None if batch.var is None else self.estimator.scale_of(batch.var.detach())
+        scale = None if batch.scale is None else batch.scale.detach()
         state = (self._matrices("running_root"), self._averages(), self._counters(), batch.counts)
         roots, new, counts = opaque_refresh(self.estimator, x.detach(), scale, *state)
         batch = self._or_running(batch._replace(counts=counts))
