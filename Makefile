@@ -24,10 +24,10 @@ COVERED := functional nn
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format gpu clean distclean FORCE
+.PHONY: help demo test test-training test-processors lint format gpu clean distclean FORCE
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.installed-lab ## train network deconvolution and batch normalisation side by side on real digits
 	$(BIN)/netdeconv demo $(DEMO_ARGS)
@@ -40,6 +40,12 @@ test: $(VENV)/.installed-dev ## run every test and hold the coverage of function
 		echo "coverage of src/netdeconv/$$package (at least $(MIN_COVERAGE) %):"; \
 		$(BIN)/python -m coverage report --include="src/netdeconv/$$package/*" --fail-under=$(MIN_COVERAGE); \
 	done
+
+test-training: $(VENV)/.installed-dev ## run the tests of training alone
+	$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --timeout $(TEST_TIMEOUT) -m training $(PYTEST_ARGS)
+
+test-processors: $(VENV)/.installed-dev ## run the tests of training as on other processors, with other seeds and inputs
+	$(BIN)/python tools/try_processors.py --workers $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ from small_networks import (
     random_network,
     randomise_statistics,
 )
+from variation import Variation
 
 EXACT_TOLERANCE = 1e-8  # float64, with roots whose condition is at most some hundred
 PRESERVED_TOLERANCE = 1e-5  # float32, a few layers
@@ -396,12 +397,13 @@ def test_data_are_needed() -> None:
 
 
 @pytest.mark.slow
-def test_fine_tuning_on_digits_lowers_the_loss() -> None:
+@pytest.mark.training
+def test_fine_tuning_on_digits_lowers_the_loss(variation: Variation) -> None:
     datasets = pytest.importorskip("sklearn.datasets")
     digits = datasets.load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    images = variation.moved(torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16)
     labels = torch.tensor(digits.target)
-    torch.manual_seed(0)
+    torch.manual_seed(variation.seed)
     model = create("resnet18", width=0.125)
     conv = model.conv1
     model.conv1 = nn.Conv2d(1, conv.out_channels, 3, padding=1, bias=False)
@@ -418,9 +420,9 @@ def test_fine_tuning_on_digits_lowers_the_loss() -> None:
         with torch.no_grad():
             return float(F.cross_entropy(net.eval()(images), labels))
 
-    epoch(model, 0.02)
+    epoch(model, 0.005)  # at 0.02 the seed decides whether the loss in evaluation is 0.6 or 1.4
     before = loss(model)
     converted = netdeconv.convert(model, preserve=list(images.split(64))[:4])
     assert loss(converted) == pytest.approx(before, rel=1e-4)
-    epoch(converted, 0.02)
-    assert loss(converted) < before * 2 / 3
+    epoch(converted, 0.01)
+    assert loss(converted) < before / 2  # 0.18 to 0.24 were seen over five seeds

@@ -64,6 +64,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return {**outcome.record["result"], "verdict": outcome.presentation.verdict, "folder": outcome.folder}
 
 
+@pytest.mark.training
 def test_white_input_arrives_in_one_iteration(digits: dict) -> None:
     optimum, inputs = digits["optimum"], digits["inputs"]
     assert inputs["exact"]["losses"][1] <= 1.01 * optimum
@@ -74,6 +75,7 @@ def test_white_input_arrives_in_one_iteration(digits: dict) -> None:
     assert digits["verdict"].startswith("The claim holds for the converged root")
 
 
+@pytest.mark.training
 def test_the_layer_takes_the_same_step(digits: dict) -> None:
     # the layer adds eps to the same covariance in float64, so that only rounding differs
     assert digits["layer"] == pytest.approx(digits["inputs"]["exact"]["losses"][1], rel=1e-9)
