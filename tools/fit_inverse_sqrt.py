@@ -32,7 +32,7 @@ def grid(points: int = 20_001) -> np.ndarray:
 
 
 def chebyshev(num_iters: int, degree: int, size: int) -> tuple[list[list[float]], float]:
-    """Pieces of degree below ``size`` (low powers of T_size first) of the relative minimax polynomial, and its error."""
+    """Pieces of degree below ``size``, low powers of T_size first, of the minimax polynomial, and its error."""
     a = grid(4001)
     target = gain(a, num_iters)
     basis = cheb.chebvander(2 * a - 1, degree) / target[:, None]
