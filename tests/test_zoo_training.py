@@ -24,7 +24,7 @@ RATES = {"bn": 0.02, "nd": 0.2, "nd-paper": 0.2}
 class Run(NamedTuple):
     """How narrow a network is made, and after how many steps it must have learned.
 
-    That is twice the most that any norm took with five seeds, moved inputs and other instruction sets.
+    That is about twice the most that any norm took with five seeds, moved inputs and other instruction sets.
     """
 
     width: float
@@ -38,7 +38,7 @@ RUNS = {
     "densenet121": Run(1 / 16, 20),
     "resnext29_32x4d": Run(1 / 8, 20),
     "mobilenet_v2": Run(1 / 8, 60),
-    "dpn92": Run(1 / 16, 20),
+    "dpn92": Run(1 / 8, 20),
     "pnasnet_a": Run(1 / 16, 20),
     "senet18": Run(1 / 16, 20),
     "efficientnet_b0": Run(1 / 8, 60),
