@@ -23,7 +23,7 @@ from netdeconv.lab.data import CIFAR10Data
 from pack_cifar import pack
 
 # Seconds in which an interpreter surely starts; a stage of so many is stopped in the middle of its sleep.
-STARTED = 4.0
+STARTED = 10.0
 SLEEP = "import time; time.sleep(600)"
 
 
@@ -95,7 +95,7 @@ def test_out_of_time_is_asked_then_killed_with_its_children(tmp_path: Path) -> N
     deaf = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
     writes = [f"open({str(path)!r}, 'w').write(str({pid}))" for path, pid in pids.items()]
     scripts = [polite, f"{child}; {writes[0]}; {SLEEP}", f"{deaf}; {writes[1]}; {SLEEP}"]
-    run = Run(tmp_path, 600, grace=1.0, least=0)
+    run = Run(tmp_path, 600, grace=6.0, least=0)
     assert run.carry_out([stage("long", *scripts, seconds=STARTED), stage("next", "pass")])
     assert states(tmp_path) == {"long": "out of time", "next": "done"}
     assert (tmp_path / "kept").read_text() == "kept "

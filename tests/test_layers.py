@@ -411,14 +411,14 @@ def test_channel_whitening_whitens_channels() -> None:
 KEPT_ROOTS = WhiteningConfig(scale=False, average="root", num_iters=5)
 
 
-@pytest.mark.parametrize(("whitening", "times"), [(None, 1.0), (WhiteningConfig(), 1.0), (KEPT_ROOTS, 100.0)])
+@pytest.mark.parametrize(("whitening", "times"), [(None, 1.0), (WhiteningConfig(), 1.0), (KEPT_ROOTS, 5.0)])
 def test_a_depthwise_channel_that_has_grown_is_not_multiplied(whitening: WhiteningConfig | None, times: float) -> None:
     torch.manual_seed(0)
     layer = WhitenedConv2d(3, 3, 3, padding=1, groups=3, bias=False, whitening=whitening)
     x = torch.randn(8, 3, 6, 6)
     for _ in range(17):
         before = layer(x).std((0, 2, 3))
-    after = layer(x * torch.tensor([1.0, 100, 1]).reshape(3, 1, 1)).std((0, 2, 3))  # a step that may keep its root
+    after = layer(x * torch.tensor([1.0, 5, 1]).reshape(3, 1, 1)).std((0, 2, 3))  # a step that may keep its root
     torch.testing.assert_close(after / before, torch.tensor([1, times, 1]), rtol=1e-3, atol=1e-3)
 
 

@@ -53,7 +53,7 @@ def test_a_state_of_other_settings_is_refused_in_words(ours: str, theirs: str, s
     words = [f"scale={(c := x[0].whitening.config).scale}, average='{c.average}'" for x in (layer, other)]
     match = re.escape(
         f"WhitenedConv2d(5, 3, kernel_size=3): expected statistics of {words[0]} in 0.whitening.*, got those of "
-        f"{words[1]}. Build the layer with WhiteningConfig({words[1]}), or load the weights without them and run "
+        f"{words[1]}. Build the layer with WhiteningConfig({words[1]}), or drop these entries and run "
         "netdeconv.calibrate(model, data)."
     )
     with pytest.raises(RuntimeError, match=match) as caught:

@@ -142,7 +142,8 @@ class Blocks:
         """A number of every channel as ``(groups, group_features)``, the same for all taps."""
         return value.unsqueeze(-1).expand(-1, self.taps).reshape(self.groups, self.group_features)
 
-    def times_channels(self, rows: Tensor, value: Tensor) -> Tensor:
+    def times_channels(self, rows: Tensor, value: Tensor, *, in_place: bool = False) -> Tensor:
         """``(groups, rows, group_features)`` times a number of every channel."""
-        shape = (self.groups, -1, self.channels // self.groups, self.taps)
-        return (rows.reshape(shape) * value.reshape(self.groups, 1, -1, 1)).reshape(rows.shape)
+        parts = rows.reshape(self.groups, -1, self.channels // self.groups, self.taps)
+        each = value.reshape(self.groups, 1, -1, 1)
+        return (parts.mul_(each) if in_place else parts * each).reshape(rows.shape)

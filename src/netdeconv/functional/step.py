@@ -134,17 +134,27 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )  # fmt: skip
     rows = grad_folded.to(scale.dtype).reshape(blocks.groups, -1, blocks.group_features)
     shifts = grad_shifted.to(scale.dtype).reshape(blocks.groups, -1, 1)
-    total = torch.addcmul(rows, shifts, blocks.spread_mean(mean).unsqueeze(1), value=-1)
+    spread = blocks.spread_mean(mean).unsqueeze(1)
     if for_x:
-        grad_x = grad_x.to(x.dtype)
-        of_features = (total * folded.to(scale.dtype).reshape(rows.shape)).sum(1)
-        along = of_features.reshape(-1, blocks.taps).sum(1) * scale.square()  # -2 times the gradient of the variance
+        used = folded.to(scale.dtype).reshape(rows.shape)
+        of_mean = (shifts.mT @ used).mul_(spread).reshape(-1, blocks.taps).sum(1)
+        along = (_along_scale(x, grad_x, rows, used, blocks) - of_mean).mul_(scale.square())  # -2 times the variance's
         factor = along * own + torch.dot(along, common)
+        grad_x = grad_x.to(x.dtype)
         some, part = some_images(x, slope.max_rows), some_images(grad_x, slope.max_rows)
         factor, offset = (along_channels(value, x).to(x.dtype) for value in (factor, factor * channel_mean))
         part.addcmul_(some, factor, value=-1).add_(offset)
-    grad_weight = times_roots(blocks.times_channels(total, scale), roots, blocks).reshape(weight.shape)
+    total = rows.addcmul_(shifts, spread, value=-1)  # in place, as these passes over the weights are what a step takes
+    grad_weight = times_roots(blocks.times_channels(total, scale, in_place=True), roots, blocks).reshape(weight.shape)
     return grad_x, grad_weight.to(weight.dtype), grad_shifted.to(weight.dtype) if for_bias else None
+
+
+def _along_scale(x: Tensor, grad_x: Tensor, grad_rows: Tensor, rows: Tensor, blocks: Blocks) -> Tensor:
+    """Of every channel, the gradient by the logarithm of its factor: in x, or in the weights where these are fewer."""
+    if x.numel() < rows.numel():
+        products = x.to(rows.dtype) * grad_x
+        return products.flatten(2).sum(2).sum(0) if x.dim() > 2 else products.sum(0)
+    return (grad_rows * rows).sum(1).reshape(-1, blocks.taps).sum(1)
 
 
 def _by_parts(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -110,11 +110,12 @@ class WhitenedConv1d(_WhitenedConv, nn.Conv1d):
 class WhitenedConv2d(_WhitenedConv, nn.Conv2d):
     """:class:`torch.nn.Conv2d` over whitened input: network deconvolution, in place of batch normalisation.
 
-    ``y = conv((x - mean) D) + b`` with ``D = (Cov + eps I)^(-1/2)``, mean and covariance those of the patches
-    that the kernel looks at. It runs as one ordinary convolution, with D and the mean folded into weight and
-    bias. No batch normalisation is needed after it.
+    ``y = conv((x - mean) S D) + b``: S divides every channel by its standard deviation, and D is a gentle inverse
+    square root of the covariance of ``x S``; mean and covariance are those of the patches that the kernel looks at. It
+    runs as one ordinary convolution, with S, D and the mean folded into weight and bias. No batch normalisation is
+    needed after it.
 
-    Training: mean and scale are those of the batch, D but for the scale that of the last refresh; see
+    Training: mean and scale are those of the batch, D is that of the last refresh; see
     :class:`netdeconv.nn.Whitening` for when that is, and :class:`netdeconv.WhiteningConfig` for all settings.
     Evaluation: from the running values, so that it equals a plain convolution with :meth:`folded` parameters.
 

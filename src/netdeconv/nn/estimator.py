@@ -39,9 +39,11 @@ def kind_of(window: Window, channels: int, groups: int) -> str:
     """The kind of a layer that looks at its input so, one of :data:`netdeconv.config.KINDS`."""
     if not window.kernel_size:
         return "linear"
-    if groups > 1:
-        return "depthwise" if groups == channels else "grouped"
-    return "1x1" if window.taps == 1 else "dense"
+    if 1 < groups == channels:
+        return "depthwise"
+    if window.taps == 1:
+        return "1x1"
+    return "grouped" if groups > 1 else "dense"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,8 @@ class WhitenedLinear(WhitenedLayer, nn.Linear):
     """:class:`torch.nn.Linear` over whitened input features.
 
     ``y = (x - mean) D W^T + b``, mean and covariance those of the features over all leading dimensions
-    together. Training and evaluation differ as in :class:`netdeconv.WhitenedConv2d`.
+    together. By default training takes the root of each batch, with its gradient, and evaluation running averages of
+    means and roots; there is no scale.
 
     Shapes: ``(*, in_features)`` -> ``(*, out_features)``, any number of leading dimensions.
 

@@ -154,7 +154,8 @@ class RunningStatistics(nn.Module):
             part = update_share(self.config, 1, self.clock.steps + 1, self.clock.steps + 1)
         blend(self.running_mean, mean.detach(), part)
         if self.running_var is not None and var is not None:
-            blend(self.running_var, var.detach(), part)
+            most = torch.finfo(self.running_var.dtype).max  # of half precision, where the input's square may be more
+            blend(self.running_var, var.detach().clamp(max=most) if most < 1e30 else var.detach(), part)
         if torch.compiler.is_compiling() or counts.device.type != "cpu":  # where to look would mean to wait
             self.num_skipped.add_(~counts)
             self._ready = True  # looked at again when the mode changes
@@ -237,7 +238,7 @@ class RunningStatistics(nn.Module):
         expected, got = (", ".join(f"{name}={value!r}" for name, value in each.items()) for each in (ours, theirs))
         return (
             f"{self.label}: expected statistics of {expected} in {prefix}*, got those of {got}. Build the layer with "
-            f"WhiteningConfig({got}), or load the weights without them and run netdeconv.calibrate(model, data)."
+            f"WhiteningConfig({got}), or drop these entries and run netdeconv.calibrate(model, data)."
         )
 
 

@@ -137,7 +137,7 @@ class Whitening(RunningStatistics):
         return self._pointwise() and math.prod(x.shape[2:]) == 1
 
     def _pointwise(self) -> bool:
-        convolution = self.estimator.kind in ("1x1", "grouped", "depthwise")
+        convolution = self.estimator.kind in ("1x1", "depthwise")
         return convolution and self.window.taps == 1 and self.config.debias
 
     def scales_alone(self) -> bool:

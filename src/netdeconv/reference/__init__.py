@@ -11,7 +11,7 @@ Symbols (Ye et al., ICLR 2020, arXiv 1905.11926; section 3 and algorithm 1); V, 
 ``D``     ``(Cov + eps I)^(-1/2)``, or what a few Newton-Schulz steps make of it
 ``w, b``  weight and bias: ``y = (X - mu) D w + b``
 ``V``     variance of every channel over images and positions
-``S``     diagonal, ``max(V, eps)^(-1/2)``, the same for all taps of a channel: ``y = (X - mu) S D w + b``
+``S``     diagonal, ``max(V, mean(V) / 100, eps)^(-1/2)`` for all taps of a channel: ``y = (X - mu) S D w + b``
 ``R``     average of the Cov of ``X S`` over the refreshes, in place of Cov
 ========  =================================================================================================
 

@@ -13,7 +13,7 @@ from netdeconv.nn import ChannelWhitening, Whitening
 from netdeconv.nn.layer import WhitenedLayer
 from netdeconv.surgery.batches import batches, run_batch
 from netdeconv.surgery.modes import evaluating, training_branches
-from netdeconv.surgery.statistics import Gatherer, input_rows, remember
+from netdeconv.surgery.statistics import Gatherer, input_rows, remember, varies
 
 __all__ = ["calibrate"]
 
@@ -119,7 +119,10 @@ def _gather(
         flat = flat.unsqueeze(-1) if isinstance(layer, ChannelWhitening) and x.dim() == 2 else flat
         moments = gatherer.add(input_rows(flat, gatherer.whitening.window))
         if own and moments is not None:
-            remember(gatherer.whitening, moments, 1)
+            if varies(moments):
+                remember(gatherer.whitening, moments, 1)
+            else:  # as in training; what there is of statistics, or the identity, stands in
+                gatherer.whitening.num_updates.clamp_(min=1)
 
     handles = [layer.register_forward_pre_hook(gather, with_kwargs=True) for layer in layers]
     try:

@@ -56,7 +56,7 @@ def _through(module: Any, pooled: bool, found: set[nn.Module]) -> bool:
     if is_sequence(module) or type(module).__name__ in _SEQUENCES:
         for child in module:  # a member may stand there twice
             pooled = _through(child, pooled, found)
-        return pooled
+        return pooled and is_sequence(module)
     harmless = is_like_batch_norm(module) or isinstance(module, nn.Identity) or type(module).__module__ in _BETWEEN
     return pooled and harmless
 

@@ -13,7 +13,7 @@ from netdeconv.errors import NumericalError, StatisticsError
 from netdeconv.functional import Blocks, Sample, Window, channel_variance, patch_moments
 from netdeconv.nn import Whitening
 
-__all__ = ["Gathered", "Gatherer", "input_rows", "put", "remember"]
+__all__ = ["Gathered", "Gatherer", "input_rows", "put", "remember", "varies"]
 
 _CHUNK = 2**24  # numbers in the patches that are held at a time: 64 MB in float32
 _SETTLED = 1e-6  # the weight that the time before the data still has in the running averages
@@ -33,6 +33,11 @@ class Gathered(NamedTuple):
     covs: tuple[Tensor, ...]
     total: float
     var: Tensor | None = None
+
+
+def varies(moments: Gathered) -> bool:
+    """Whether there is a covariance to take a root of; a single row and a constant batch have none."""
+    return not moments.covs or any(bool(cov.diagonal(dim1=-2, dim2=-1).max() > 0) for cov in moments.covs)
 
 
 class _Sums:
@@ -155,7 +160,7 @@ class Gatherer:
             return
         moments = patch_moments(
             sample.rows.double(), self.whitening.blocks, sample.weights, pooled=not self._scaled
-        )  # fmt: skip
+        )
         self._patches.add(moments.mean, moments.covs, float(moments.total))
         if self.whitening.config.sampling != "corner":
             everywhere = self.whitening.estimator.mean_of(images.double())
@@ -196,9 +201,10 @@ def remember(whitening: Whitening, moments: Gathered, updates: int) -> None:
     Raises:
         NumericalError: they are not finite; what was remembered stays.
     """
-    if not moments.covs:
+    if not moments.covs:  # training on larger maps, should it come, starts anew
         whitening.reset_statistics()
-        _settle(whitening, updates)
+        whitening.num_updates.fill_(1)
+        whitening.train(whitening.training)
         return
     roots = [whitening.estimator.root_of(cov) for cov in moments.covs]
     if not all(bool(value.isfinite().all()) for value in (moments.mean, *roots)):
