@@ -292,3 +292,15 @@ def test_a_head_that_wants_labels_in_training_is_reported() -> None:
     with pytest.raises(StatisticsError, match="got none at WhitenedLinear"):
         netdeconv.calibrate(Headed(), iter(batches()))
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_single_rows_are_left_out_while_the_first_pass_whitens() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)
+    )
+    images = torch.randn(32, 3, 8, 8)
+    whole, single = (netdeconv.calibrate(netdeconv.convert(net), data) for data in ([images], list(images.split(1))))
+    with torch.no_grad():
+        outputs = [model.eval()(images).std() for model in (whole, single)]
+    assert 0.2 < float(outputs[1] / outputs[0]) < 5  # 200 where a row of its own is a covariance

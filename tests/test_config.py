@@ -247,9 +247,9 @@ def test_a_layer_gets_those_of_its_kind(name: str) -> None:
 
 def test_the_kind_of_a_convolution_is_that_of_kernel_and_groups() -> None:
     layers = {
-        "1x1": (WhitenedConv2d(4, 4, 1, padding=1), WhitenedConv1d(4, 4, 1, stride=2), WhitenedConv2d(1, 4, 1)),
+        "1x1": (WhitenedConv2d(4, 4, 1), WhitenedConv1d(4, 4, 1, stride=2), WhitenedConv2d(4, 4, 1, groups=2)),
         "dense": (WhitenedConv2d(1, 4, 3), WhitenedConv2d(4, 4, (1, 3))),
-        "grouped": (WhitenedConv2d(4, 4, 1, groups=2), WhitenedConv2d(4, 4, 3, groups=2)),
+        "grouped": (WhitenedConv2d(4, 4, (1, 3), groups=2), WhitenedConv2d(4, 4, 3, groups=2)),
         "depthwise": (WhitenedConv2d(4, 4, 3, groups=4), WhitenedConv2d(4, 8, 1, groups=4)),
     }
     for kind, made in layers.items():

@@ -88,3 +88,29 @@ def test_eps_is_the_smallest_variance_that_a_channel_is_divided_by() -> None:
     x = torch.tensor([-1.0, 1.0])[:, None, None] * deviations[:, None]
     close(whitening(x.expand(2, 3, 2)).scale, [1 / 4, 2, 2])
     close(whitening.running_var, [16, 0.09, 0])
+
+
+def test_variances_fit_half_precision() -> None:
+    layer = WhitenedConv2d(3, 4, 3).half()
+    for seed in range(3):
+        x = 1000 * torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        layer(x.half())
+    var = layer.whitening.running_var
+    assert var is not None and bool(var.isfinite().all())
+    assert bool(layer.eval()(x.half()).isfinite().all())
+
+
+def test_the_gradient_of_the_scale_is_the_same_by_activations_and_by_weights() -> None:
+    found = []
+    for size in (5, 40):  # fewer numbers in the map than in the weights, and more
+        layer = scaled_layer("grouped", update_every=16)
+        x = torch.randn(1 if size == 5 else 4, 4, size, size, dtype=torch.float64, requires_grad=True)
+        layer(x.detach())
+        copy = scaled_layer("grouped", update_every=16)
+        copy(x.detach())
+        copy._geometry = lambda x: None  # type: ignore[method-assign]
+        assert (x.numel() < layer.weight.numel()) == (size == 5)
+        (ours,), (known,) = (torch.autograd.grad(each(x).cos().sum(), x) for each in (layer, copy))
+        close(ours, known, rtol=1e-9, atol=1e-9)
+        found.append(ours.abs().max())
+    assert min(found) > 0

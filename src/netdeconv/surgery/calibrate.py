@@ -117,11 +117,14 @@ def _gather(
         gatherer = gatherers[layer]
         flat = x.flatten(2) if isinstance(layer, ChannelWhitening) and x.dim() > 2 else x
         flat = flat.unsqueeze(-1) if isinstance(layer, ChannelWhitening) and x.dim() == 2 else flat
-        moments = gatherer.add(input_rows(flat, gatherer.whitening.window))
+        rows = input_rows(flat, gatherer.whitening.window)
+        moments = gatherer.add(rows)
         if own and moments is not None:
+            if len(rows) == 1 or not varies(moments):  # by its own mean, one image is pooled to a constant
+                moments = gatherer.moments()
             if varies(moments):
                 remember(gatherer.whitening, moments, 1)
-            else:  # as in training; what there is of statistics, or the identity, stands in
+            else:
                 gatherer.whitening.num_updates.clamp_(min=1)
 
     handles = [layer.register_forward_pre_hook(gather, with_kwargs=True) for layer in layers]

@@ -16,6 +16,7 @@ from netdeconv.nn import Whitening
 __all__ = ["Gathered", "Gatherer", "input_rows", "put", "remember", "varies"]
 
 _CHUNK = 2**24  # numbers in the patches that are held at a time: 64 MB in float32
+_ROUNDING = 1e-12  # of float64, squared mean to variance
 _SETTLED = 1e-6  # the weight that the time before the data still has in the running averages
 
 
@@ -36,8 +37,11 @@ class Gathered(NamedTuple):
 
 
 def varies(moments: Gathered) -> bool:
-    """Whether there is a covariance to take a root of; a single row and a constant batch have none."""
-    return not moments.covs or any(bool(cov.diagonal(dim1=-2, dim2=-1).max() > 0) for cov in moments.covs)
+    """Whether there is a covariance to take a root of; a single row and a constant batch have rounding errors only."""
+    if not moments.covs:
+        return True
+    least = _ROUNDING * (1.0 if moments.var is not None else float(moments.mean.square().max()))
+    return max(float(cov.diagonal(dim1=-2, dim2=-1).max()) for cov in moments.covs) > least
 
 
 class _Sums:
