@@ -22,4 +22,4 @@ class NumericalError(ArithmeticError):
 
 
 class NonFiniteWarning(RuntimeWarning):
-    """A batch with NaN or infinite values was left out of the remembered statistics."""
+    """A batch with NaN, infinite or constant values was left out of the running statistics."""
