@@ -18,7 +18,7 @@ GROUPINGS = ("contiguous", "interleaved")
 SAMPLINGS = ("tiles", "spread", "corner")
 
 # What a setting is where it is None, by the kind of layer. The number of Newton-Schulz steps is how hard is whitened:
-# the fewer inputs a layer mixes, the less it takes. "published" is what a kind differs in for .paper().
+# the fewer inputs a layer mixes, the less it takes.
 _LAYER = {"num_iters": 3, "scale": True, "update_every": 16, "differentiable": False, "average": "covariance"}
 KINDS: dict[str, dict[str, Any]] = {
     "dense": _LAYER,
