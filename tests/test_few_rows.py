@@ -14,7 +14,7 @@ from layer_kinds import KINDS, Kind, every_kind
 from netdeconv import (
     ChannelWhitening,
     NonFiniteWarning,
-    StatisticsError,
+    StatisticsWarning,
     WhitenedConv1d,
     WhitenedConv2d,
     WhitenedConv3d,
@@ -77,8 +77,7 @@ def test_a_1x1_convolution_of_single_pixels_is_the_plain_one_exactly(name: str, 
         assert torch.equal(freeze(layer.train())(x), expected)
         unfreeze(layer)
     for key, value in layer.whitening.state_dict().items():
-        assert torch.equal(value, before[key]) == (key != "num_updates"), key
-    assert int(layer.whitening.num_updates) == 1  # or evaluation would be refused
+        assert torch.equal(value, before[key]), key
 
 
 @pytest.mark.parametrize("name", FEW_ROWS)
@@ -202,7 +201,7 @@ def test_a_first_single_row_is_no_step_either(kind: Kind) -> None:
     layer, x = kind.layer(), torch.randn(1, *SINGLE[kind.name])
     with pytest.warns(NonFiniteWarning, match=WITHOUT):
         layer(x)
-    with pytest.raises(StatisticsError, match="got none so far"):
+    with pytest.warns(StatisticsWarning, match="got none so far"):
         layer.eval()(x)
     trained, fresh = layer.train(), kind.layer()
     y, expected = trained(kind.input()), fresh(kind.input())

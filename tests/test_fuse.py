@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import netdeconv
-from netdeconv import ChannelWhitening, ConfigError, NumericalError, StatisticsError, WhitenedConv2d, WhiteningConfig
+from netdeconv import ChannelWhitening, ConfigError, NumericalError, StatisticsWarning, WhitenedConv2d, WhiteningConfig
 from netdeconv.surgery.fuse import ChannelLinear
 from netdeconv.zoo import create
 
@@ -165,10 +165,12 @@ def test_training_mode_is_refused() -> None:
         netdeconv.fuse(model)
 
 
-def test_missing_statistics_are_reported_with_their_place() -> None:
+def test_without_statistics_it_is_the_plain_network_and_says_so() -> None:
     model = netdeconv.convert(create("vgg11", width=0.125)).eval()
-    with pytest.raises(StatisticsError, match=r"^features\.0: WhitenedConv2d"):
-        netdeconv.fuse(model)
+    with pytest.warns(StatisticsWarning, match="got none so far"):
+        fused = netdeconv.fuse(model)
+        x = torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_with_a_forward_of_its_own_is_refused() -> None:

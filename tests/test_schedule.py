@@ -53,20 +53,9 @@ def test_refresh_steps_by_hand() -> None:
     for step in range(200):
         if clock.due:
             due.append(step)
-        clock.advance()
+        clock.set(step + 1)
     by_hand = [*range(16), *range(16, 32, 2), *range(32, 64, 4), *range(64, 128, 8), 128, 144, 160, 176, 192]
     assert due == by_hand == due_steps(16, 200)
-
-
-@pytest.mark.parametrize("update_every", [1, 3, 16])
-def test_was_due_is_the_due_of_the_step_before(update_every: int) -> None:
-    clock, before = Clock(update_every), False
-    assert clock.due
-    for _ in range(100):
-        assert clock.was_due == before
-        before = clock.due
-        clock.advance()
-    assert (Clock(update_every, 100).due, Clock(update_every, 100).was_due) == (clock.due, clock.was_due)
 
 
 def test_the_operator_of_compiled_steps_advances_the_same_clock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,8 +63,8 @@ def test_the_operator_of_compiled_steps_advances_the_same_clock(monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr("netdeconv.nn.schedule.torch", InCompiler())
         for _ in range(17):
-            ours.advance()
-    assert (ours.steps, ours.due, ours.was_due) == (17, False, True)
+            ours.advance(torch.zeros(()))
+    assert (ours.steps, ours.due) == (17, False)
     assert other.steps == 0
     torch.library.opcheck(torch.ops.netdeconv.tick.default, (ours.pulse,), test_utils="test_schema")
 
@@ -84,7 +73,7 @@ def test_the_operator_of_compiled_steps_advances_the_same_clock(monkeypatch: pyt
 def test_a_copy_shows_the_same_time_and_then_goes_its_own_way(copied: Any) -> None:
     clock = Clock(4, 33)
     twin = copied(clock)
-    assert (twin.update_every, twin.steps, twin.due, twin.was_due) == (4, 33, False, True)
+    assert (twin.update_every, twin.steps, twin.due) == (4, 33, False)
     torch.ops.netdeconv.tick(twin.pulse)
     assert (clock.steps, twin.steps) == (33, 34)
 

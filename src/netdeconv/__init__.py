@@ -2,7 +2,14 @@
 
 from netdeconv import functional
 from netdeconv.config import WhiteningConfig
-from netdeconv.errors import ConfigError, NonFiniteWarning, NumericalError, ShapeError, StatisticsError
+from netdeconv.errors import (
+    ConfigError,
+    NonFiniteWarning,
+    NumericalError,
+    ShapeError,
+    StatisticsError,
+    StatisticsWarning,
+)
 from netdeconv.nn import (
     ChannelWhitening,
     WhitenedConv1d,
@@ -23,6 +30,7 @@ __all__ = [
     "NumericalError",
     "ShapeError",
     "StatisticsError",
+    "StatisticsWarning",
     "WhitenedConv1d",
     "WhitenedConv2d",
     "WhitenedConv3d",

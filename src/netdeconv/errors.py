@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "NonFiniteWarning", "NumericalError", "ShapeError", "StatisticsError"]
+__all__ = ["ConfigError", "NonFiniteWarning", "NumericalError", "ShapeError", "StatisticsError", "StatisticsWarning"]
 
 
 class ConfigError(ValueError):
@@ -14,7 +14,7 @@ class ShapeError(ValueError):
 
 
 class StatisticsError(RuntimeError):
-    """Whitening statistics were needed before any training step had gathered them."""
+    """Whitening statistics are needed and missing, or those of several processes do not belong together."""
 
 
 class NumericalError(ArithmeticError):
@@ -23,3 +23,7 @@ class NumericalError(ArithmeticError):
 
 class NonFiniteWarning(RuntimeWarning):
     """A batch with NaN, infinite or constant values was left out of the running statistics."""
+
+
+class StatisticsWarning(UserWarning):
+    """A network was evaluated before any training step had gathered whitening statistics."""

@@ -56,7 +56,8 @@ def _plain_fold(
     """``(w, b) -> (S D w, b - mean S D w)`` for every group, in operators that anything can look through."""
     folded = times_roots(weight.reshape(blocks.groups, -1, blocks.group_features), roots, blocks)
     if scale is not None:
-        folded = blocks.times_channels(folded, scale, in_place=not torch.is_grad_enabled())
+        same = torch.is_grad_enabled() or torch.jit.is_tracing()  # a trace is checked against one without gradient
+        folded = blocks.times_channels(folded, scale, in_place=not same)
     shift = torch.bmm(folded, mean.unsqueeze(-1)).flatten()  # `@` has more operators around it
     return folded.reshape(weight.shape), -shift if bias is None else bias - shift
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch.autograd import forward_ad
+from typing import Any
 
-__all__ = ["traced", "watched"]
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx import Proxy
+
+__all__ = ["as_leaf", "batched", "is_symbol", "traced", "watched"]
 
 
 def watched() -> bool:
@@ -22,3 +26,25 @@ def watched() -> bool:
 def traced() -> bool:
     """:func:`watched`, or torch's compiler looks on."""
     return torch.compiler.is_compiling() or watched()
+
+
+def batched(*tensors: Tensor) -> bool:
+    """Whether any of them is one of several under ``torch.func.vmap``, at whatever level."""
+    if torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            if torch._C._functorch.is_batchedtensor(tensor):
+                return True
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
+
+
+def is_symbol(x: Any) -> bool:
+    """Whether ``torch.fx`` traces the forward that x is given to."""
+    return isinstance(x, Proxy)
+
+
+def as_leaf(module: nn.Module, x: Any) -> Any:
+    """The call of a module as one node of ``torch.fx``'s graph, as those of torch's own layers."""
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})

@@ -148,4 +148,4 @@ def _evenly(length: int, count: int, turn: Tensor | None, step: float, device: t
     if count == length:
         return index
     shift: Tensor | float = 0.5 if turn is None else torch.frac(turn * step + 0.5)
-    return ((index + shift) * (length / count)).to(torch.int64).clamp_(max=length - 1)
+    return ((index + shift) * (length / count)).to(torch.int64).clamp(max=length - 1)

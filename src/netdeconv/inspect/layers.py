@@ -99,7 +99,6 @@ def inspect_layers(model: nn.Module, images: Any, *, max_samples: int = 4096) ->
 
     Raises:
         ConfigError: no such layer, or none was reached.
-        StatisticsError: a whitening has no statistics yet.
     """
     layers = {module: name for name, module in model.named_modules() if _is_layer(module)}
     if not layers:

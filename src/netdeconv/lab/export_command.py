@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import netdeconv
-from netdeconv import ConfigError, NumericalError, StatisticsError, WhiteningConfig
+from netdeconv import ConfigError, NumericalError, StatisticsWarning, WhiteningConfig
 from netdeconv.lab.checkpoint import load_checkpoint
 from netdeconv.lab.onnx_file import contents, largest_difference, no_logging
 from netdeconv.zoo import NETWORKS
@@ -174,9 +174,10 @@ def _known(library: str, *, optional: bool = False) -> list[str]:
 def _outputs(model: nn.Module, images: Tensor, args: argparse.Namespace) -> list[Tensor]:
     """What the model returns, which also shows that it can be run."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("error", StatisticsWarning)
             return [leaf for leaf in tree_leaves(model(images)) if isinstance(leaf, Tensor)]
-    except StatisticsError as error:
+    except StatisticsWarning as error:
         raise ConfigError(f"{args.checkpoint}: was saved before the first training step: {error}") from error
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
         size = " ".join(map(str, args.input_size))

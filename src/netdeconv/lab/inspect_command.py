@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from netdeconv import ConfigError, NumericalError, ShapeError, StatisticsError, calibrate
+from netdeconv import ConfigError, NumericalError, ShapeError, StatisticsWarning, calibrate
 from netdeconv.lab.names import nearest
 from netdeconv.lab.norms import NORMS
 
@@ -80,8 +81,10 @@ def run(args: argparse.Namespace) -> int:
             if subject.norm.startswith("nd"):
                 calibrate(net, images)
                 state += ", statistics of these images"
-        views = inspect_layers(net, images)
-    except StatisticsError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", StatisticsWarning)
+            views = inspect_layers(net, images)
+    except StatisticsWarning as error:
         raise ConfigError(f"{subject.checkpoint}: was saved before the first training step: {error}") from error
     except (ShapeError, NumericalError, RuntimeError, ValueError, AssertionError) as error:
         size = "x".join(map(str, images.shape[1:]))

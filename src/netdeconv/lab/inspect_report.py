@@ -11,7 +11,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from netdeconv import StatisticsError
 from netdeconv.inspect import LayerView, centre_filters
 from netdeconv.lab.plots import LINES, png, tidy
 from netdeconv.lab.report import Page, Table
@@ -159,10 +158,7 @@ def _filters(net: nn.Module, view: LayerView) -> Figure | None:
         return None
     centre = None
     if view.whitened is not None:
-        try:
-            weight = layer.folded()[0]
-        except StatisticsError:
-            return None
+        weight = layer.folded()[0]
         if layer.whitening.blocks.single and all(k % 2 for k in layer.kernel_size):
             centre = whitening_filters_of(layer)
     own = weight.detach()[:_SHOWN]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from netdeconv.config import WhiteningConfig
+from netdeconv.functional.onlookers import batched
 
 __all__ = ["blend", "blended", "blended_root", "refresh_weight", "update_share", "update_weight"]
 
@@ -51,7 +52,9 @@ def refresh_weight(config: WhiteningConfig, dtype: torch.dtype, updates: Tensor)
 
 def blend(running: Tensor, new: Tensor, weight: Tensor | float) -> None:
     """:func:`blended`, in place."""
-    if running.dtype == new.dtype:
+    if batched(running):  # vmap has no rule for lerp
+        running.add_((new.to(running.dtype) - running) * weight)
+    elif running.dtype == new.dtype:
         running.lerp_(new, weight.to(new.dtype) if isinstance(weight, Tensor) else weight)
     else:
         running.copy_(blended(running, new, weight))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from netdeconv.errors import ShapeError
 from netdeconv.functional import Window
+from netdeconv.functional.onlookers import as_leaf, is_symbol
 from netdeconv.functional.precision import without_autocast
 from netdeconv.nn.layer import check_at_least_one, check_channels, check_floating
 from netdeconv.nn.whitening import Whitening
@@ -35,7 +36,6 @@ class ChannelWhitening(nn.Module):
     Raises:
         ShapeError: x has the wrong number of dimensions or channels; num_channels is not positive.
         TypeError: x is not floating point.
-        StatisticsError: evaluation before any training step.
 
     Source: Ye et al. 2020, section 3.5; the authors' ``ChannelDeconv``.
     """
@@ -57,15 +57,10 @@ class ChannelWhitening(nn.Module):
         self.whitening = Whitening(num_channels, everywhere, 1, whitening, kind="channels", label=label, **place)
 
     def forward(self, x: Tensor) -> Tensor:
-        label = self.whitening.label
-        check_floating(x, label)
-        expected = f"(N, {self.num_channels}) up to (N, {self.num_channels}, D, H, W)"
-        if not 2 <= x.dim() <= 5:
-            raise ShapeError(
-                f"{label}: expected x of shape {expected}, got {tuple(x.shape)} with {x.dim()} dimensions. "
-                "For one sample pass x.unsqueeze(0)."
-            )
-        check_channels(x, 1, self.num_channels, expected, label)
+        if is_symbol(x):
+            return as_leaf(self, x)
+        if not torch.jit.is_tracing():
+            self._check(x)
         flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
         mean, roots, scale, _ = self.whitening(flat)
         blocks = self.whitening.blocks
@@ -78,6 +73,17 @@ class ChannelWhitening(nn.Module):
             white = blocks.join(parts).movedim(-1, 1)
         white = white.to(x.dtype).reshape(x.shape)
         return white.contiguous() if x.is_contiguous() else white
+
+    def _check(self, x: Tensor) -> None:
+        label = self.whitening.label
+        check_floating(x, label)
+        expected = f"(N, {self.num_channels}) up to (N, {self.num_channels}, D, H, W)"
+        if not 2 <= x.dim() <= 5:
+            raise ShapeError(
+                f"{label}: expected x of shape {expected}, got {tuple(x.shape)} with {x.dim()} dimensions. "
+                "For one sample pass x.unsqueeze(0)."
+            )
+        check_channels(x, 1, self.num_channels, expected, label)
 
     def extra_repr(self) -> str:
         return f"{self.num_channels}"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from netdeconv.errors import ShapeError
 from netdeconv.functional import Geometry, Window, whitened_convolution
-from netdeconv.functional.onlookers import traced
+from netdeconv.functional.onlookers import as_leaf, is_symbol, traced
 from netdeconv.nn.layer import WhitenedLayer, check_channels, check_conv_arguments, check_fits, check_floating
 from netdeconv.nn.whitening import Whitening
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from netdeconv.config import WhiteningConfig
 
 __all__ = ["WhitenedConv1d", "WhitenedConv2d", "WhitenedConv3d"]
+
+_GEOMETRY = ("stride", "padding", "dilation", "padding_mode", "_reversed_padding_repeated_twice")
+_FIXED = ("in_channels", "kernel_size", "groups")
 
 
 class _WhitenedConv(WhitenedLayer):
@@ -64,17 +67,25 @@ class _WhitenedConv(WhitenedLayer):
             in_channels, _window_of(self), groups, whitening, device=device, dtype=dtype, label=label
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep what the whitening looks at that of the convolution, which reads its geometry at every step."""
+        built = "_modules" in self.__dict__ and "whitening" in self._modules
+        if built and name in _FIXED and value != getattr(self, name):
+            raise ValueError(
+                f"{self.whitening.label}: expected {name}={getattr(self, name)!r}, which the whitening statistics were "
+                f"made for, got {value!r}. Build another layer, and put it in the place of this one."
+            )
+        super().__setattr__(name, value)
+        if built and name in _GEOMETRY:
+            self.whitening.look_through(_window_of(self))
+
     def forward(self, input: Tensor) -> Tensor:  # torch's name for it, as calls by keyword need
         x = input
-        label, dims = self.whitening.label, len(self._spatial)
-        check_floating(x, label, self.weight.dtype)
-        if x.dim() not in (dims + 1, dims + 2):
-            raise ShapeError(
-                f"{label}: expected x of shape {self._expected}, got {tuple(x.shape)} with {x.dim()} dimensions. "
-                "Add the missing ones with x.unsqueeze(0), or use the layer for this number of dimensions."
-            )
-        check_channels(x, -1 - dims, self.in_channels, self._expected, label)
-        check_fits(x, self.whitening.window, self._expected, label)
+        if is_symbol(x):
+            return as_leaf(self, x)
+        dims = len(self._spatial)
+        if not torch.jit.is_tracing():
+            self._check(x)
         geometry = self._geometry(x) if x.dim() == dims + 2 else None
         if geometry is None:
             weight, bias = self.whitened_parameters(x if x.dim() == dims + 2 else x.unsqueeze(0))
@@ -87,6 +98,17 @@ class _WhitenedConv(WhitenedLayer):
         output: Tensor = self._conv_forward(x, weight, bias)
         return output
 
+    def _check(self, x: Tensor) -> None:
+        label, dims = self.whitening.label, len(self._spatial)
+        check_floating(x, label, self.weight.dtype)
+        if x.dim() not in (dims + 1, dims + 2):
+            raise ShapeError(
+                f"{label}: expected x of shape {self._expected}, got {tuple(x.shape)} with {x.dim()} dimensions. "
+                "Add the missing ones with x.unsqueeze(0), or use the layer for this number of dimensions."
+            )
+        check_channels(x, -1 - dims, self.in_channels, self._expected, label)
+        check_fits(x, self.whitening.window, self._expected, label)
+
     def _geometry(self, x: Tensor) -> Geometry | None:
         """How x is convolved, where a training step is one autograd node; ``None`` where it is not.
 
@@ -95,10 +117,10 @@ class _WhitenedConv(WhitenedLayer):
         whitening, recorded = self.whitening, torch.is_grad_enabled() and self.weight.requires_grad
         if not (recorded and whitening.scales_alone() and self.padding_mode == "zeros") or traced():
             return None
-        pads = self._reversed_padding_repeated_twice
-        if pads[::2] != pads[1::2]:
+        window = whitening.window
+        if any(before != after for before, after in window.padding):
             return None
-        return Geometry(self.stride, tuple(pads[::-2]), self.dilation, self.groups)
+        return Geometry(window.stride, tuple(before for before, _ in window.padding), window.dilation, self.groups)
 
 
 class WhitenedConv1d(_WhitenedConv, nn.Conv1d):
@@ -130,7 +152,6 @@ class WhitenedConv2d(_WhitenedConv, nn.Conv2d):
         ShapeError: x has the wrong number of dimensions or channels, or a map smaller than the window; groups do
             not divide the channels.
         TypeError: x is not floating point.
-        StatisticsError: evaluation before any training step.
 
     Example:
         >>> import torch
@@ -152,12 +173,26 @@ class WhitenedConv3d(_WhitenedConv, nn.Conv3d):
 
 
 def _window_of(conv: Any) -> Window:
-    """What this convolution looks at; ``padding`` as words becomes numbers."""
-    pads = conv._reversed_padding_repeated_twice  # last dimension first, before and after in turn
-    return Window(
-        kernel_size=tuple(conv.kernel_size),
-        stride=tuple(conv.stride),
-        dilation=tuple(conv.dilation),
-        padding=tuple((pads[i], pads[i + 1]) for i in range(len(pads) - 2, -1, -2)),
-        padding_mode=conv.padding_mode,
-    )
+    """What this convolution looks at, as its ``_conv_forward`` reads it."""
+    kernel_size = tuple(conv.kernel_size)
+    stride, dilation = (_for_each(value, len(kernel_size)) for value in (conv.stride, conv.dilation))
+    if conv.padding_mode != "zeros":  # torch pads by what it noted when the layer was built, last dimension first
+        pads = conv._reversed_padding_repeated_twice
+        padding = tuple((pads[i], pads[i + 1]) for i in range(len(pads) - 2, -1, -2))
+    elif conv.padding == "same":
+        padding = tuple(_same(taps, step) for taps, step in zip(kernel_size, dilation, strict=True))
+    else:
+        each = 0 if conv.padding == "valid" else conv.padding
+        padding = tuple((pad, pad) for pad in _for_each(each, len(kernel_size)))
+    return Window(kernel_size, stride, dilation, padding, conv.padding_mode)
+
+
+def _for_each(value: Any, dims: int) -> tuple[int, ...]:
+    """One number for every dimension, or the same for all."""
+    return (int(value),) * dims if isinstance(value, int) else tuple(value)
+
+
+def _same(taps: int, dilation: int) -> tuple[int, int]:
+    """What is padded before and behind so that the map keeps its size; the odd one goes behind."""
+    total = dilation * (taps - 1)
+    return total // 2, total - total // 2

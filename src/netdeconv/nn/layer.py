@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from netdeconv.errors import ShapeError
 from netdeconv.functional import Window, fold
+from netdeconv.functional.onlookers import traced
 from netdeconv.nn.cache import FoldCache
 from netdeconv.nn.whitening import Statistics, Whitening
 
@@ -36,7 +37,7 @@ class WhitenedLayer(nn.Module):
         found = whitening(x)
         if found is None:
             return self.weight, self.bias
-        if (whitening.training and not whitening.frozen) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if (whitening.training and not whitening.frozen) or torch.is_grad_enabled() or traced():
             return self._fold(found)
         made_of = [self.weight, self.bias, found.mean, *found.roots, whitening.running_var]
         return self._cache.folded([tensor for tensor in made_of if tensor is not None], lambda: self._fold(found))
@@ -49,11 +50,7 @@ class WhitenedLayer(nn.Module):
         return FoldCache()
 
     def folded(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the plain layer that equals this one in evaluation mode.
-
-        Raises:
-            StatisticsError: there are no remembered statistics yet.
-        """
+        """Weight and bias of the plain layer that equals this one in evaluation mode."""
         return self._fold(self.whitening.remembered())
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from netdeconv.errors import ShapeError
 from netdeconv.functional import Window
+from netdeconv.functional.onlookers import as_leaf, is_symbol
 from netdeconv.nn.layer import WhitenedLayer, check_at_least_one, check_channels, check_floating
 from netdeconv.nn.whitening import Whitening
 
 if TYPE_CHECKING:
-    import torch
-
     from netdeconv.config import WhiteningConfig
 
 __all__ = ["WhitenedLinear"]
@@ -36,7 +36,6 @@ class WhitenedLinear(WhitenedLayer, nn.Linear):
     Raises:
         ShapeError: the last dimension is not ``in_features``, or that is not positive.
         TypeError: x is not floating point.
-        StatisticsError: evaluation before any training step.
 
     Source: Ye et al. 2020, section 3.5.
     """
@@ -58,6 +57,14 @@ class WhitenedLinear(WhitenedLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # torch's name for it, as calls by keyword need
         x = input
+        if is_symbol(x):
+            return as_leaf(self, x)
+        if not torch.jit.is_tracing():
+            self._check(x)
+        weight, bias = self.whitened_parameters(x.reshape(-1, self.in_features))
+        return F.linear(x, weight, bias)
+
+    def _check(self, x: Tensor) -> None:
         label = self.whitening.label
         check_floating(x, label, self.weight.dtype)
         if x.dim() == 0:
@@ -65,5 +72,3 @@ class WhitenedLinear(WhitenedLayer, nn.Linear):
                 f"{label}: expected x of shape (*, {self.in_features}), got a scalar. Pass x.reshape(1, -1)."
             )
         check_channels(x, -1, self.in_features, f"(*, {self.in_features})", label)
-        weight, bias = self.whitened_parameters(x.reshape(-1, self.in_features))
-        return F.linear(x, weight, bias)

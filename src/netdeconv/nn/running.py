@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from netdeconv.config import WhiteningConfig
-from netdeconv.errors import NonFiniteWarning
+from netdeconv.errors import NonFiniteWarning, StatisticsWarning
 from netdeconv.functional import Blocks, Slope, Window
+from netdeconv.functional.onlookers import traced
 from netdeconv.nn.averages import blend, update_share, update_weight
 from netdeconv.nn.estimator import Estimator
 from netdeconv.nn.refresh import Counters
@@ -80,10 +81,10 @@ class RunningStatistics(nn.Module):
                 self.register_buffer(name, torch.empty(shape, **place))
         for name in ("num_updates", "num_steps", "last_update", "num_skipped"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
-        self.clock = Clock(self.config.update_every)
-        self._ready = False
-        self._agreed = False
+        self._clock = Clock(self.config.update_every)
+        self._clock.serve(self)
         self._skipped = 0
+        self._looked_at = False
 
     def _names(self, kind: str) -> tuple[str, ...]:
         return (kind, f"{kind}_rest")[: len(self.blocks.parts)]
@@ -99,6 +100,17 @@ class RunningStatistics(nn.Module):
     def _averages(self) -> tuple[Tensor, ...]:
         """What is averaged over the refreshes."""
         return self._matrices("running_cov") or self._matrices("running_root")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy or a pickle."""
+        super().__setstate__(state)
+        self._clock.serve(self)
+
+    @property
+    def clock(self) -> Clock:
+        """When the next refresh is due, as the buffers say."""
+        self._clock.follow(self.num_steps, self.num_updates)
+        return self._clock
 
     @property
     def config(self) -> WhiteningConfig:
@@ -122,21 +134,15 @@ class RunningStatistics(nn.Module):
             self.running_var.fill_(1)
         for kind in self._kinds:
             for matrix in () if self.running_mean.is_meta else self._matrices(kind):
-                matrix.copy_(torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix))
+                matrix.copy_(_identity_like(matrix))
         for counter in (self.num_updates, self.num_steps, self.last_update, self.num_skipped):
             counter.zero_()
-        self.clock.set(0)
-        self._ready, self._skipped = False, 0
+        self._clock.set(0)
+        self._skipped, self._looked_at = 0, False
 
     def reset_parameters(self) -> None:
         """:meth:`reset_statistics`, by the name that is called after ``to_empty``."""
         self.reset_statistics()
-
-    def _check_ready(self) -> bool:
-        if torch.compiler.is_compiling():
-            return False
-        self._ready = bool(self.num_updates > 0)
-        return self._ready
 
     def _running(self, roots: Sequence[Tensor]) -> Statistics:
         """The running mean and scale with kept roots."""
@@ -147,21 +153,18 @@ class RunningStatistics(nn.Module):
         """Blend mean and variance into the running ones; where they do not count, they are those already."""
         mean, var, *_, counts = batch
         counters = self._counters()
-        if due or not self._ready or torch.compiler.is_compiling():
+        if due or traced() or not self._clock.updated:
             steps = counters.num_steps + 1
             part = update_weight(self.config, mean.dtype, torch.ones_like(steps), steps, steps, counters.num_updates)
         else:  # nobody has to ask the device
-            part = update_share(self.config, 1, self.clock.steps + 1, self.clock.steps + 1)
+            part = update_share(self.config, 1, self._clock.steps + 1, self._clock.steps + 1)
         blend(self.running_mean, mean.detach(), part)
         if self.running_var is not None and var is not None:
             most = torch.finfo(self.running_var.dtype).max  # of half precision, where the input's square may be more
             blend(self.running_var, var.detach().clamp(max=most) if most < 1e30 else var.detach(), part)
-        if torch.compiler.is_compiling() or counts.device.type != "cpu":  # where to look would mean to wait
+        if traced() or counts.device.type != "cpu":  # where to look would mean to wait
             self.num_skipped.add_(~counts)
-            self._ready = True  # looked at again when the mode changes
-        elif counts:
-            self._ready = True
-        else:
+        elif not counts:
             self.num_skipped.add_(1)
             self._report_skipped()
 
@@ -178,13 +181,23 @@ class RunningStatistics(nn.Module):
     def _counters(self) -> Counters:
         return Counters(self.num_steps, self.last_update, self.num_updates)
 
-    def _read_counters(self) -> None:
-        if self.num_steps.is_meta:
+    def _warn_of_identity(self) -> None:
+        """Say once that nothing has been gathered: by the values, as not everybody who writes them counts."""
+        if self._looked_at or traced() or self.running_mean.is_meta:
             return
-        if self.clock.steps != int(self.num_steps):
-            self.clock.set(int(self.num_steps))
-        self._ready = bool(self.num_updates > 0)
-        self._report_skipped()
+        self._looked_at = True
+        if self.num_updates > 0 or self.running_mean.any() or not self._matrices_are_identity():
+            return
+        warnings.warn(
+            "netdeconv: expected whitening statistics from training, got none so far: whitened layers act as the plain "
+            "ones. Run some batches in training mode (model.train()), load a state dict, or run "
+            "netdeconv.calibrate(model, data).",
+            StatisticsWarning,
+            stacklevel=2,
+        )
+
+    def _matrices_are_identity(self) -> bool:
+        return all(torch.equal(root, _identity_like(root)) for root in self._matrices("running_root"))
 
     def _report_skipped(self) -> None:
         skipped = int(self.num_skipped)
@@ -222,9 +235,12 @@ class RunningStatistics(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._agreed = False
-        self._skipped = 0 if self.num_skipped.is_meta else int(self.num_skipped)
-        self._read_counters()
+        self._after_loading()
+
+    def _after_loading(self) -> None:
+        if not self.num_steps.is_meta:
+            self._clock.follow(self.num_steps, self.num_updates, look=True)
+            self._skipped = int(self.num_skipped)
 
     def _why_not(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         """Why statistics that were saved under other settings cannot be these; ``None`` where they can."""
@@ -242,6 +258,11 @@ class RunningStatistics(nn.Module):
         )
 
 
+def _identity_like(matrices: Tensor) -> Tensor:
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    return eye.expand_as(matrices)
+
+
 def kept(value: Tensor) -> Tensor:
     """A buffer to compute with: a copy where a gradient is recorded, as the next step changes the buffer in place."""
-    return value.clone() if torch.is_grad_enabled() else value
+    return value.clone() if torch.is_grad_enabled() or torch.jit.is_tracing() else value

@@ -1,13 +1,15 @@
-"""When the statistics are refreshed: a clock that eager and compiled training steps can both read."""
+"""When the statistics are refreshed: by a counter in a buffer, for eager and compiled training steps."""
 
 from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 __all__ = ["Clock", "interval"]
 
@@ -27,46 +29,104 @@ def interval(step: int, update_every: int) -> int:
 
 
 class Clock:
-    """Counts training steps and says whether the next one is due for a refresh.
+    """Says whether the next training step is due for a refresh, by a buffer that counts the steps.
 
-    ``due`` is a plain bool: a compiled forward is specialised on it, so that there is one graph with the
-    refresh and one without, and no other. A compiled graph cannot run Python, so there the clock is advanced by
-    the operator ``netdeconv::tick``, which finds it by its number.
-    The number is a tensor, on the CPU: as a plain int every clock would need a graph of its own.
+    The buffer is the truth, whoever writes to it: on a CPU it is read at every step; on other devices, where that
+    would mean to wait, whenever its version has changed (writes through ``.data`` have none, and are seen when the mode
+    changes). A compiled graph cannot read it. There ``due`` is a plain bool that the forward is specialised on, so that
+    there is one graph with the refresh and one without, and the operator ``netdeconv::tick`` moves it, which finds
+    the clock by its number. The number is a tensor, on the CPU: as a plain int every clock would need a graph of its
+    own. A buffer that was written to between compiled steps is noticed by the first of them, on a CPU.
+
+    Attributes:
+        steps: finished training steps.
+        due: whether the next one is due.
+        updated: whether statistics are known to have been gathered.
     """
 
     def __init__(self, update_every: int, steps: int = 0) -> None:
         self.update_every = update_every
         number = next(_ids)
         _clocks[number] = self
-        self.pulse = torch.tensor(number)
+        self.pulse = torch.tensor(number, device="cpu")
+        self._seen: tuple[int, int] | None = None
+        self._owner: Callable[[], Any] = lambda: None
         self.set(steps)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy is another clock that shows the same time."""
         return Clock, (self.update_every, self.steps)
 
+    def serve(self, owner: Any) -> None:
+        """Belong to the module whose buffer ``num_steps`` is counted by."""
+        self._owner = weakref.ref(owner)
+
     def set(self, steps: int) -> None:
         """Move to this number of finished training steps."""
         self.steps = steps
-        self.due = self._is_due(steps)
-        self.was_due = steps > 0 and self._is_due(steps - 1)
+        self.due = steps % interval(steps, self.update_every) == 0
+        self.updated = False
 
-    def advance(self) -> None:
-        """One training step has begun."""
-        if torch.compiler.is_compiling():
-            torch.ops.netdeconv.tick(self.pulse)
-        else:
-            self.set(self.steps + 1)
+    def follow(self, num_steps: Tensor, num_updates: Tensor, *, look: bool = False) -> None:
+        """Move to what the buffers say, where they can be read and may have changed.
 
-    def _is_due(self, step: int) -> bool:
-        return step % interval(step, self.update_every) == 0
+        Args:
+            num_steps: counts finished training steps.
+            num_updates: counts refreshes.
+            look: read them wherever they are.
+        """
+        if not _readable(num_steps):
+            return
+        on_cpu, mark = num_steps.device.type == "cpu", _mark(num_steps)
+        if not (on_cpu or look or mark is None or self._seen != mark):
+            return
+        steps = int(num_steps)
+        if steps != self.steps or look:
+            self.set(steps)
+        self.updated = self.updated or bool(num_updates > 0)
+        self._seen = mark
+
+    def advance(self, num_steps: Tensor) -> None:
+        """One training step has begun, and the buffer has been told."""
+        self._count()
+        self._seen = _mark(num_steps)
+
+    def advance_in_graph(self) -> None:
+        """:meth:`tick`, in a compiled graph."""
+        torch.ops.netdeconv.tick(self.pulse)
+
+    def tick(self) -> None:
+        """One compiled training step has begun, and the buffer is about to be told."""
+        owner = self._owner()
+        if owner is not None and owner.num_steps.device.type == "cpu" and _readable(owner.num_steps):
+            steps = int(owner.num_steps)
+            if steps not in (self.steps, self.steps + 1):
+                self.set(steps)
+        self._count()
+
+    def _count(self) -> None:
+        updated = self.updated
+        self.set(self.steps + 1)
+        self.updated = updated
+
+
+def _readable(counter: Tensor) -> bool:
+    """Whether it has a number, and Python may ask for it."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(counter)
+    return not (counter.is_meta or wrapped or is_in_torch_dispatch_mode())
+
+
+def _mark(counter: Tensor) -> tuple[int, int] | None:
+    """What tells that nobody has written to it; ``None`` where nothing does."""
+    if counter.is_inference() or not _readable(counter):
+        return None
+    return counter.data_ptr(), counter._version
 
 
 def _tick(pulse: Tensor) -> None:
     found = _clocks.get(int(pulse))
     if found is not None:
-        found.set(found.steps + 1)
+        found.tick()
 
 
 # It claims to write to `pulse`, or the compiler would drop an operator without a result; and not to the saved

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,9 +13,10 @@ from torch import Tensor
 from netdeconv.config import WhiteningConfig
 from netdeconv.errors import StatisticsError
 from netdeconv.functional import Moments, Window
-from netdeconv.functional.onlookers import traced
+from netdeconv.functional.onlookers import batched, traced
+from netdeconv.nn.calls import Call, Calls, in_backward, may_be_repeated
 from netdeconv.nn.estimator import Estimator
-from netdeconv.nn.refresh import all_finite, opaque_refresh, refreshed, usable, varies
+from netdeconv.nn.refresh import all_finite, opaque_refresh, refreshed, varies
 from netdeconv.nn.running import Batch, RunningStatistics, Statistics, kept
 from netdeconv.nn.sync import Share, check_same_mode, distributed, joined_moments, share_of_channels
 
@@ -78,6 +80,8 @@ class Whitening(RunningStatistics):
         super().__init__(estimator, label, device=device, dtype=dtype)
         self.frozen = False
         self.process_group: Any = None
+        self._calls = Calls()
+        self._agreed = False
         mode = torch.ones((), dtype=torch.int64, device=device)
         self.register_buffer("gathers", mode, persistent=False)  # DistributedDataParallel brings that of rank 0
         self.reset_statistics()
@@ -96,8 +100,8 @@ class Whitening(RunningStatistics):
             by_hand: the caller takes care of the gradient of the scale; it gets the ``slope`` where there is one.
 
         Raises:
-            StatisticsError: running values are needed and there are none; or, with ``sync``, some processes train
-                while others are frozen or in evaluation mode.
+            StatisticsError: with ``sync``, some processes train while others are frozen or in evaluation mode; or a
+                backward pass runs the layer on something that is no recomputation.
         """
         shared = self._shared()
         if shared and not torch.compiler.is_compiling():
@@ -105,28 +109,38 @@ class Whitening(RunningStatistics):
         if not self._gathering():
             return self.remembered()
         if self._sees_single_pixels(x):
-            if len(x):
-                self.num_updates.clamp_(min=1)
             return None
-        if shared and not self._agreed and not torch.compiler.is_compiling():
-            self._read_counters()  # DistributedDataParallel may have brought those of rank 0
-            self._agreed = True
         if x.numel() == 0 and not shared:
             return self._running(self._last_roots())
-        again = _in_backward()  # activation checkpointing runs the forward a second time
-        due = self.clock.was_due if again else self.clock.due
-        if due and not again and self._pointwise():
-            self.num_updates.mul_(self.num_steps > 0)  # a batch of few rows let evaluation begin, and was no refresh
-        if not due:
-            found = self._ordinary(x, again, by_hand)
-        elif torch.compiler.is_compiling() and not shared and self._may_be_opaque():
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self._calls and in_backward():
+            return self._repeated(x, by_hand)
+        if not (compiling or (shared and self._agreed and self.num_steps.device.type != "cpu")):
+            self._clock.follow(self.num_steps, self.num_updates)
+            self._agreed = shared  # DistributedDataParallel writes to the buffers at every step, the same everywhere
+        if batched(x) and not batched(self.running_mean):
+            raise StatisticsError(
+                f"{self.label}: expected one batch, or buffers for each (torch.func.stack_module_state), got several "
+                "under vmap in training mode and one set of running statistics. Call netdeconv.freeze(model) or "
+                "model.eval() first, or loop over the batches."
+            )
+        if not self._clock.due:
+            found = self._ordinary(x, by_hand)
+        elif compiling and not shared and self._may_be_opaque():
             found = self._opaque_refresh(x)
         else:
-            found = self._refresh(x, again, by_hand)
-        if not again:
+            found = self._refresh(x, by_hand)
+        if compiling:
+            self._clock.advance_in_graph()
             self.num_steps.add_(1)
-            self.clock.advance()
+        else:
+            self.num_steps.add_(1)
+            self._clock.advance(self.num_steps)
         return found
+
+    def look_through(self, window: Window) -> None:
+        """Look at the input through another window of the same size from now on."""
+        self.estimator = dataclasses.replace(self.estimator, window=window)
 
     def sees_few_rows(self, x: Tensor) -> bool:
         """Whether every image of x ``(N, C, *spatial)`` is one row for a 1x1 convolution; published layers take it."""
@@ -154,7 +168,16 @@ class Whitening(RunningStatistics):
     def tell_mode(self) -> None:
         """Let the other processes know whether statistics are gathered here; to be called after a change of that."""
         self._told, self._checked = self._gathering(), False
+        if self.gathers.is_inference() and not torch.is_inference_mode_enabled():
+            self.gathers = self.gathers.clone()  # of a copy that was made in inference mode
         self.gathers.fill_(self._told)
+
+    def _after_loading(self) -> None:
+        super()._after_loading()
+        self._agreed = False
+        if self.gathers.device != self.num_steps.device:  # it is not saved, and stays where it was with assign=True
+            self.gathers = torch.zeros_like(self.num_steps)
+            self.tell_mode()
 
     def _check_mode(self) -> None:
         if self._told != self._gathering():  # by an assignment to `training` or `frozen`, of which nobody was told
@@ -164,21 +187,16 @@ class Whitening(RunningStatistics):
             self._checked = True
 
     def remembered(self) -> Statistics:
-        """The running values, as evaluation uses them.
+        """The running values, as evaluation uses them: the identity where none have been gathered, and a warning.
 
-        Raises:
-            StatisticsError: no statistics have been gathered yet.
+        A 1x1 convolution does not warn: it may have been trained on single pixels.
         """
-        if not (self._ready or self._check_ready()):
-            first = "Unfreeze it (netdeconv.unfreeze(model)), then run" if self.frozen else "Run"
-            raise StatisticsError(
-                f"{self.label}: expected whitening statistics from at least one training step, got none so far. "
-                f"{first} some batches in training mode first (model.train()), or load a trained state dict."
-            )
+        if not self._pointwise():
+            self._warn_of_identity()
         return self._running(self._matrices("running_root"))
 
     def _of_batch(self, x: Tensor, by_hand: bool = False) -> Batch:
-        """What one batch says; the running values where it has none to say."""
+        """What one batch says, whether that counts or not."""
         return self._of_batch_and_sample(x, None, by_hand)[0]
 
     def _of_batch_and_sample(self, x: Tensor, sample: Moments | None, by_hand: bool) -> tuple[Batch, Moments | None]:
@@ -189,8 +207,7 @@ class Whitening(RunningStatistics):
             moments, sample, channels = self._joined(moments, sample, channels)
         several = (moments.total > 1) | (not self.config.debias)  # of a single row, the mean is all there is
         if channels is None:
-            counts = all_finite((moments.mean,))
-            return self._or_running(Batch(moments.mean, None, None, None, _both(counts, several))), sample
+            return Batch(moments.mean, None, None, None, _both(all_finite((moments.mean,)), several)), sample
         channel_mean, var, count = channels
         counts = _both(all_finite((moments.mean, var)) & varies(var, channel_mean.square()), several)
         slope = None
@@ -198,7 +215,7 @@ class Whitening(RunningStatistics):
             scale, slope = self.estimator.scale_and_slope(x, var, channel_mean, count)
         else:
             scale = self.estimator.scale_of(var)
-        return self._or_running(Batch(moments.mean, var, scale, slope, counts)), sample
+        return Batch(moments.mean, var, scale, slope, counts), sample
 
     def _joined(
         self, moments: Moments, sample: Moments | None, channels: tuple[Tensor, Tensor, int] | None
@@ -218,74 +235,101 @@ class Whitening(RunningStatistics):
         return moments, rest[0] if rest else None, channels
 
     def _or_running(self, batch: Batch) -> Batch:
-        """The batch, or the running values, which are constants, where it does not count."""
-        mean, var, scale, slope, counts = batch
+        """The batch, or the running values where it does not count."""
+        scale = None if self.running_var is None else self.estimator.scale_of(self.running_var)
+        return self._or_else(batch, self.running_mean, self.running_var, scale)
+
+    @staticmethod
+    def _or_else(batch: Batch, mean: Tensor, var: Tensor | None, scale: Tensor | None) -> Batch:
+        """The batch, or these constants where it does not count."""
+        counts = batch.counts
         if counts.device.type == "cpu" and not traced() and counts:  # elsewhere, to look would mean to wait
             return batch
-        mean = torch.where(counts, mean, self.running_mean.to(mean.dtype))
-        if var is not None and scale is not None and self.running_var is not None:
-            running = self.running_var.to(var.dtype)
-            var = torch.where(counts, var, running)
-            scale = torch.where(counts, scale, self.estimator.scale_of(running))
-        return Batch(mean, var, scale, None if slope is None else slope.where(counts), counts)
-
-    def _kept_roots(self) -> list[Tensor]:
-        return [kept(root) for root in self._last_roots()]
+        chosen = [
+            new if new is None or old is None else torch.where(counts, new, old.to(new.dtype))
+            for new, old in ((batch.mean, mean), (batch.var, var), (batch.scale, scale))
+        ]
+        assert chosen[0] is not None
+        return Batch(chosen[0], chosen[1], chosen[2], batch.slope and batch.slope.where(counts), counts)
 
     def _statistics(self, batch: Batch, roots: Sequence[Tensor]) -> Statistics:
         return Statistics(batch.mean, tuple(roots), batch.scale, batch.slope)
 
-    def _ordinary(self, x: Tensor, again: bool, by_hand: bool) -> Statistics:
+    def _ordinary(self, x: Tensor, by_hand: bool) -> Statistics:
         """Mean and scale of this batch, root of the last refresh."""
-        batch = self._of_batch(x, by_hand)
-        if not again:
-            self._remember(batch, due=False)
-        return self._statistics(batch, self._kept_roots())
+        batch = self._or_running(self._of_batch(x, by_hand))
+        self._remember(batch, due=False)
+        statistics = self._statistics(batch, [kept(root) for root in self._last_roots()])
+        self._record(x, statistics, batch.counts, due=False)
+        return statistics
 
-    def _refresh(self, x: Tensor, again: bool, by_hand: bool) -> Statistics:
+    def _refresh(self, x: Tensor, by_hand: bool) -> Statistics:
         """Mean, scale and root of this batch, or the running ones where they cannot be used."""
-        turn = self.num_updates - 1 if again else self.num_updates
-        batch, moments, scale = self._of_batch_and_scaled_sample(x, turn, by_hand)
-        if self.config.sampling == "corner":  # as published, the mean is the sample's
-            batch = self._with_mean_of_sample(batch, moments.mean, scale)
-        if again and self.config.average == "covariance":  # it is part of the average already
-            counts = batch.counts & usable(self.estimator, moments)
-            return self._statistics(self._or_running(batch._replace(counts=counts)), self._kept_roots())
+        batch, moments = self._of_batch_to_refresh(x, self.num_updates, by_hand)
         running, averages = self._matrices("running_root"), self._averages()
         roots, new, counts = refreshed(self.estimator, moments, running, averages, self._counters(), batch.counts)
         batch = self._or_running(batch._replace(counts=counts))
-        if not again:
-            self._remember(batch, due=True)
-            self._remember_roots(roots, new, counts)
+        statistics = self._statistics(batch, roots)
+        self._record(x, statistics, counts, due=True)
+        self._remember(batch, due=True)
+        self._remember_roots(roots, new, counts)
+        return statistics
+
+    def _record(self, x: Tensor, found: Statistics, counts: Tensor, *, due: bool) -> None:
+        """Keep what activation checkpointing will ask for again."""
+        if traced() or not may_be_repeated():
+            return
+        through_root = due and bool(self.config.differentiable)
+        known = through_root and (counts.device.type != "cpu" or bool(counts))
+        key, scale = self.estimator.mean_of(x.detach()).mean, None if found.scale is None else found.scale.detach()
+        turn = self.num_updates.clone() if due else None
+        call = Call(key, found.mean.detach(), scale, None if known else found.roots, counts, turn)
+        self._calls.add(call, self._last_roots())
+
+    def _repeated(self, x: Tensor, by_hand: bool) -> Statistics:
+        """What the same x was whitened by before, while activation checkpointing recomputes it.
+
+        Gradients go the way that they went then: a checkpoint asks for the same tensors in the same order.
+        """
+        with torch.no_grad():
+            call = self._calls.repeated(self.estimator.mean_of(x).mean, self.label)
+        roots: Sequence[Tensor] | None = call.roots
+        if call.turn is not None and (self.config.differentiable or self.config.sampling == "corner"):
+            batch, moments = self._of_batch_to_refresh(x, call.turn, by_hand)
+            if self.config.differentiable:
+                before, averages = self._matrices("running_root") if roots is None else roots, self._averages()
+                roots = refreshed(self.estimator, moments, before, averages, self._counters(), batch.counts).roots
+        else:
+            batch = self._of_batch(x, by_hand)
+        assert roots is not None
+        batch = self._or_else(batch._replace(counts=call.counts), call.mean, batch.var, call.scale)
         return self._statistics(batch, roots)
 
-    def _of_batch_and_scaled_sample(
-        self, x: Tensor, turn: Tensor, by_hand: bool
-    ) -> tuple[Batch, Moments, Tensor | None]:
-        """:meth:`_of_batch`, the moments of a sample of scaled channels, and their scale."""
+    def _of_batch_to_refresh(self, x: Tensor, turn: Tensor, by_hand: bool) -> tuple[Batch, Moments]:
+        """:meth:`_of_batch`, and the moments of a sample of scaled channels."""
         differentiable, factored = self.config.differentiable, not self._shared()
         seen = x if differentiable else x.detach()
         if self.running_var is None:
-            sample = self.estimator.sample_moments(seen, turn, factored=factored)
+            scale, sample = None, self.estimator.sample_moments(seen, turn, factored=factored)
             batch, joined = self._of_batch_and_sample(x, sample, by_hand)
             assert joined is not None
-            return batch, joined, None
-        batch = self._of_batch(x, by_hand)
-        assert batch.scale is not None
-        scale = batch.scale if differentiable else batch.scale.detach()
-        moments = self.estimator.sample_moments(seen, turn, scale, factored=factored)
-        if self._shared():
-            about = self.running_mean.to(scale.dtype) * self.blocks.of_channels(scale.detach()).flatten()
-            (moments,) = joined_moments([Share(moments, self.blocks, about)], self.process_group)
-        return batch, moments, scale
-
-    def _with_mean_of_sample(self, batch: Batch, mean: Tensor, scale: Tensor | None) -> Batch:
-        mean = mean if scale is None else mean / self.blocks.of_channels(scale).flatten()
-        return batch._replace(mean=mean, counts=batch.counts & all_finite((mean,)))
+            sample = joined
+        else:
+            batch = self._of_batch(x, by_hand)
+            assert batch.scale is not None
+            scale = batch.scale if differentiable else batch.scale.detach()
+            sample = self.estimator.sample_moments(seen, turn, scale, factored=factored)
+            if self._shared():
+                about = self.running_mean.to(scale.dtype) * self.blocks.of_channels(scale.detach()).flatten()
+                (sample,) = joined_moments([Share(sample, self.blocks, about)], self.process_group)
+        if self.config.sampling == "corner":  # as published, the mean is the sample's
+            mean = sample.mean if scale is None else sample.mean / self.blocks.of_channels(scale).flatten()
+            batch = batch._replace(mean=mean, counts=batch.counts & all_finite((mean,)))
+        return batch, sample
 
     def _opaque_refresh(self, x: Tensor) -> Statistics:
         """:meth:`_refresh` for a compiler that does not have to look inside."""
-        batch = self._of_batch(x)
+        batch = self._or_running(self._of_batch(x))
         scale = None if batch.scale is None else batch.scale.detach()
         state = (self._matrices("running_root"), self._averages(), self._counters(), batch.counts)
         roots, new, counts = opaque_refresh(self.estimator, x.detach(), scale, *state)
@@ -303,10 +347,13 @@ class Whitening(RunningStatistics):
         return not (settings.differentiable or settings.sampling == "corner" or settings.solver == "eigh")
 
     def train(self, mode: bool = True) -> Whitening:
-        """Switch mode, and bring what Python knows of the counters up to date."""
+        """Switch mode, say so to other processes, and look at the counters wherever they are."""
         super().train(mode)
         self.tell_mode()
-        self._read_counters()
+        self._calls.clear()
+        if not self.num_steps.is_meta:
+            self._clock.follow(self.num_steps, self.num_updates, look=True)
+            self._report_skipped()
         return self
 
     def extra_repr(self) -> str:
@@ -320,8 +367,3 @@ def _both(counts: Tensor, several: Tensor | bool) -> Tensor:
     if isinstance(several, Tensor):
         return counts & several
     return counts if several else torch.zeros_like(counts)
-
-
-def _in_backward() -> bool:
-    """Whether the autograd engine is running on this thread."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

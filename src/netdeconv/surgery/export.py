@@ -50,7 +50,6 @@ def export_onnx(
     Raises:
         ConfigError: the model is in training mode, the exporter cannot write this opset, or the packages of
             ``netdeconv[export]`` are not installed.
-        StatisticsError: a whitened layer has no statistics yet.
         NumericalError: the file computes something else than the model.
     """
     for name in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):

@@ -48,7 +48,6 @@ def fuse(model: Model) -> Model:
     Raises:
         ConfigError: the model, or a whitened layer in it, is in training mode; a layer with a forward of its own, or
             with a weight that is computed by a hook, as pruning does; a model that cannot be copied.
-        StatisticsError: a whitened layer has no statistics yet.
 
     Example:
         >>> import torch, netdeconv

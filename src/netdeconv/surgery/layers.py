@@ -68,7 +68,6 @@ def plain_twin(layer: WhitenedLayer) -> nn.Module:
 
     Raises:
         ConfigError: a subclass with a forward of its own.
-        StatisticsError: there are no remembered statistics.
     """
     any_layer: Any = layer
     whitened = next((kind for kind in (*(pair[1] for pair in _CONVS), WhitenedLinear) if isinstance(layer, kind)), None)
