@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from netdeconv.errors import ConfigError
 from netdeconv.functional import channel_variance, patch_moments, spread_patches
+from netdeconv.functional.precision import exact
 from netdeconv.inspect.sparsity import hoyer_sparsity, kurtosis, unit_histogram
 from netdeconv.inspect.whiteness import correlation, mean_abs_offdiagonal, pair_correlations
 from netdeconv.nn import ChannelWhitening, Whitening
@@ -131,10 +132,10 @@ def _is_layer(module: nn.Module) -> bool:
 def _view(name: str, layer: nn.Module, x: Tensor, max_samples: int) -> LayerView:
     whitens = isinstance(layer, (WhitenedLayer, ChannelWhitening))
     whitening: Any = layer.whitening if whitens else _whitening_for(layer, name)
-    maps = _as_maps(x, layer, whitening)
+    maps = exact(_as_maps(x, layer, whitening))
     sample = spread_patches(maps, whitening.window, max_samples=max_samples)
     blocks, weights = whitening.blocks, sample.weights
-    rows = sample.rows.double()
+    rows = sample.rows
     scaled = rows * blocks.of_channels(_scale(maps, whitening)).flatten()
     moments = patch_moments(scaled, blocks, weights)
     covs = [_with_eps(_stacked(cov), whitening.config.eps) for cov in moments.covs]
@@ -180,7 +181,7 @@ def _scale(maps: Tensor, whitening: Whitening) -> Tensor:
     if whitening.running_var is None:
         return torch.ones(whitening.blocks.channels, dtype=torch.float64, device=maps.device)
     known = int(whitening.num_updates) > 0
-    var = whitening.running_var.double() if known else channel_variance(maps.double())[1]
+    var = exact(whitening.running_var) if known else channel_variance(maps)[1]
     return whitening.estimator.scale_of(var)
 
 
@@ -188,11 +189,11 @@ def _whitened(grouped: Tensor, whitening: Whitening) -> Tensor:
     """``(x - mean) D``, block by block. Shapes: ``(rows, groups, features of a group)`` -> the same."""
     blocks = whitening.blocks
     found = whitening.remembered()
-    grouped = grouped - blocks.spread_mean(found.mean.double())
+    grouped = grouped - blocks.spread_mean(exact(found.mean))
     if found.scale is not None:
-        grouped = grouped * blocks.of_channels(found.scale.double())
+        grouped = grouped * blocks.of_channels(exact(found.scale))
     parts = [
-        torch.einsum("rgbn,gnm->rgbm", part, _stacked(root.double()).expand(blocks.groups, -1, -1))
+        torch.einsum("rgbn,gnm->rgbm", part, _stacked(exact(root)).expand(blocks.groups, -1, -1))
         for part, root in zip(blocks.split(grouped), found.roots, strict=True)
     ]
     return blocks.join(parts)
@@ -215,7 +216,7 @@ def _with_eps(cov: Tensor, eps: float) -> Tensor:
 def _residual(covs: list[Tensor], whitening: Whitening) -> float:
     total, count = 0.0, 0
     for cov, root in zip(covs, whitening.remembered().roots, strict=True):
-        d = _stacked(root.to(cov.dtype))
+        d = _stacked(exact(root))
         total += float(_with_eps(d @ cov @ d, -1.0).square().sum())
         count += cov.shape[0] * cov.shape[-1]
     return (total / count) ** 0.5
