@@ -247,12 +247,14 @@ def _some(grouped: Tensor, taps: int) -> Tensor:
     """Of ``(rows, groups, channels * taps)`` so many channels that they can be looked at; the same ones every time."""
     groups, features = grouped.shape[1:]
     if features > _FEATURES:
-        channels = torch.randperm(features // taps, generator=torch.Generator().manual_seed(0))
+        channels = torch.randperm(features // taps, generator=torch.Generator().manual_seed(0), device="cpu")
         chosen = channels[: max(1, _FEATURES // taps)].sort().values
         grouped = grouped.unflatten(2, (-1, taps))[:, :, chosen].flatten(2)
         features = grouped.shape[2]
     most = max(1, _FEATURES_OF_GROUPS // features)
-    return grouped[:, torch.linspace(0, groups - 1, most).round().long()] if groups > most else grouped
+    if groups <= most:
+        return grouped
+    return grouped[:, torch.linspace(0, groups - 1, most, device=grouped.device).round().long()]
 
 
 def _covariance(x: Tensor, weights: Tensor | None) -> Tensor:

@@ -188,7 +188,8 @@ class Gatherer:
         sample = whitening.estimator.sample
         if self.every_position:
             return sample(images)
-        return sample(images, max_samples=whitening.config.max_samples, turn=torch.tensor(self.batches))
+        turn = torch.tensor(self.batches, device=images.device)
+        return sample(images, max_samples=whitening.config.max_samples, turn=turn)
 
 
 def input_rows(x: Tensor, window: Window) -> Tensor:
