@@ -91,7 +91,7 @@ def in_reference(layer: Any) -> Any:
     config = layer.whitening.config
     assert config.sampling != "corner"
     assert config.grouping == "contiguous"
-    settings = {name: getattr(config, name) for name in _SETTINGS}
+    settings = {name: getattr(config, name) for name in _SETTINGS} | {"piece": layer.whitening.blocks.piece}
     if isinstance(layer, ChannelWhitening):
         return ref.DefaultChannels(layer.num_channels, **settings)
     if isinstance(layer, WhitenedLinear):

@@ -9,6 +9,7 @@ import numbers
 from typing import Any
 
 from netdeconv.errors import ConfigError
+from netdeconv.functional.blocks import neighbours_together
 from netdeconv.functional.isqrt import SOLVERS, chosen_solver
 
 __all__ = ["AVERAGES", "GROUPINGS", "KINDS", "SAMPLINGS", "WhiteningConfig"]
@@ -45,7 +46,10 @@ class WhiteningConfig:
         block_size: channels whitened together. A layer with more channels is cut into blocks that share one root; when
             the block size does not divide the channels the last block is smaller and has its own. ``None`` is 512
             in linear layers, 32 in convolutions, and 16 where they are neither 1x1 nor depthwise and a group has
-            512 channels or more; with ``grouping="interleaved"`` it is 64 in convolutions, as published.
+            512 channels or more, but fewer where kernels are so large that a block would have more than 1024 features
+            (channels times taps), or the roots of all groups more than 2**24 entries, 64 MiB; with
+            ``grouping="interleaved"`` it is 64 in convolutions, as published. Whatever is asked for, contiguous blocks
+            are pieces of one channel, whole rows of the kernel, where its taps alone are more than that.
         grouping: ``"contiguous"`` blocks of neighbouring channels, each centred by its own mean; or
             ``"interleaved"``, the published procedure, which deals the flattened (channel, tap) index out to
             the blocks in turn, pools mean and covariance over them, and takes the greatest common divisor
@@ -184,14 +188,16 @@ class WhiteningConfig:
         """A copy with some settings changed, checked like a new one."""
         return dataclasses.replace(self, **changes)
 
-    def resolved(self, kind: str, channels: int) -> WhiteningConfig:
+    def resolved(self, kind: str, channels: int, taps: int = 1, groups: int = 1) -> WhiteningConfig:
         """These settings as a layer of this kind gets them, one of :data:`KINDS`, with nothing left to choose.
 
         Args:
             kind: one of :data:`KINDS`.
             channels: input channels of a convolution group.
+            taps: positions of the kernel.
+            groups: convolution groups.
         """
-        by_kind = {**KINDS[kind], "block_size": self._block_size(kind, channels)}
+        by_kind = {**KINDS[kind], "block_size": self._block_size(kind, channels, taps, groups)}
         if self.differentiable:
             by_kind["average"] = "root"
         if self.average == "covariance":
@@ -200,12 +206,14 @@ class WhiteningConfig:
             by_kind["scale"] = False
         return self.replace(**{name: value for name, value in by_kind.items() if getattr(self, name) is None})
 
-    def _block_size(self, kind: str, channels: int) -> int:
+    def _block_size(self, kind: str, channels: int, taps: int, groups: int) -> int:
         if kind == "linear":
             return _LINEAR_BLOCK
         if self.grouping == "interleaved":
             return _PUBLISHED_BLOCK
-        return _BLOCK_OF_WIDE if kind in ("dense", "grouped") and channels >= _WIDE else _BLOCK
+        wanted = _BLOCK_OF_WIDE if kind in ("dense", "grouped") and channels >= _WIDE else _BLOCK
+        fitting = neighbours_together(channels, wanted, taps, groups)
+        return wanted if fitting == min(wanted, channels) else fitting
 
     @staticmethod
     def _require_whole(name: str, value: Any) -> None:

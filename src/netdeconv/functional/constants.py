@@ -23,6 +23,8 @@ _local = threading.local()
 def cached_constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Keep what a function of hashable arguments, by position, has returned; nobody may write to it.
 
+    The device is one of the arguments: what is kept for one must not be found for another.
+
     A compiler makes its own constants, what is made while something looks on (fake tensors, a tracer, a CUDA graph
     that is being captured) is not for others, and a tensor of inference mode could not be used in training.
     """

@@ -1,12 +1,27 @@
-"""Computing in the tensors' own precision, whatever autocast would like."""
+"""In which precision is computed: the tensors' own, whatever autocast would like, or float64."""
 
 from __future__ import annotations
 
 import contextlib
+from typing import TYPE_CHECKING
 
 import torch
 
-__all__ = ["without_autocast"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["exact", "without_autocast"]
+
+_WITHOUT_FLOAT64 = {"mps"}  # types of device
+
+
+def exact(x: Tensor) -> Tensor:
+    """In float64, or complex128: on x's device, or on the CPU where that device has no such numbers (MPS).
+
+    Differentiable; x itself where it is that already.
+    """
+    here = x.cpu() if x.device.type in _WITHOUT_FLOAT64 else x
+    return here.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:

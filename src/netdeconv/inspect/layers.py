@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from netdeconv.errors import ConfigError
 from netdeconv.functional import channel_variance, patch_moments, spread_patches
+from netdeconv.functional.precision import exact
 from netdeconv.inspect.sparsity import hoyer_sparsity, kurtosis, unit_histogram
 from netdeconv.inspect.whiteness import correlation, mean_abs_offdiagonal, pair_correlations
 from netdeconv.nn import ChannelWhitening, Whitening
@@ -130,10 +131,10 @@ def _is_layer(module: nn.Module) -> bool:
 def _view(name: str, layer: nn.Module, x: Tensor, max_samples: int) -> LayerView:
     whitens = isinstance(layer, (WhitenedLayer, ChannelWhitening))
     whitening: Any = layer.whitening if whitens else _whitening_for(layer, name)
-    maps = _as_maps(x, layer, whitening)
+    maps = exact(_as_maps(x, layer, whitening))
     sample = spread_patches(maps, whitening.window, max_samples=max_samples)
     blocks, weights = whitening.blocks, sample.weights
-    rows = sample.rows.double()
+    rows = sample.rows
     scaled = rows * blocks.of_channels(_scale(maps, whitening)).flatten()
     moments = patch_moments(scaled, blocks, weights)
     covs = [_with_eps(_stacked(cov), whitening.config.eps) for cov in moments.covs]
@@ -179,7 +180,7 @@ def _scale(maps: Tensor, whitening: Whitening) -> Tensor:
     if whitening.running_var is None:
         return torch.ones(whitening.blocks.channels, dtype=torch.float64, device=maps.device)
     known = int(whitening.num_updates) > 0
-    var = whitening.running_var.double() if known else channel_variance(maps.double())[1]
+    var = exact(whitening.running_var) if known else channel_variance(maps)[1]
     return whitening.estimator.scale_of(var)
 
 
@@ -187,11 +188,11 @@ def _whitened(grouped: Tensor, whitening: Whitening) -> Tensor:
     """``(x - mean) D``, block by block. Shapes: ``(rows, groups, features of a group)`` -> the same."""
     blocks = whitening.blocks
     found = whitening.remembered()
-    grouped = grouped - blocks.spread_mean(found.mean.double())
+    grouped = grouped - blocks.spread_mean(exact(found.mean))
     if found.scale is not None:
-        grouped = grouped * blocks.of_channels(found.scale.double())
+        grouped = grouped * blocks.of_channels(exact(found.scale))
     parts = [
-        torch.einsum("rgbn,gnm->rgbm", part, _stacked(root.double()).expand(blocks.groups, -1, -1))
+        torch.einsum("rgbn,gnm->rgbm", part, _stacked(exact(root)).expand(blocks.groups, -1, -1))
         for part, root in zip(blocks.split(grouped), found.roots, strict=True)
     ]
     return blocks.join(parts)
@@ -214,7 +215,7 @@ def _with_eps(cov: Tensor, eps: float) -> Tensor:
 def _residual(covs: list[Tensor], whitening: Whitening) -> float:
     total, count = 0.0, 0
     for cov, root in zip(covs, whitening.remembered().roots, strict=True):
-        d = _stacked(root.to(cov.dtype))
+        d = _stacked(exact(root))
         total += float(_with_eps(d @ cov @ d, -1.0).square().sum())
         count += cov.shape[0] * cov.shape[-1]
     return (total / count) ** 0.5
@@ -245,12 +246,14 @@ def _some(grouped: Tensor, taps: int) -> Tensor:
     """Of ``(rows, groups, channels * taps)`` so many channels that they can be looked at; the same ones every time."""
     groups, features = grouped.shape[1:]
     if features > _FEATURES:
-        channels = torch.randperm(features // taps, generator=torch.Generator().manual_seed(0))
+        channels = torch.randperm(features // taps, generator=torch.Generator().manual_seed(0), device="cpu")
         chosen = channels[: max(1, _FEATURES // taps)].sort().values
         grouped = grouped.unflatten(2, (-1, taps))[:, :, chosen].flatten(2)
         features = grouped.shape[2]
     most = max(1, _FEATURES_OF_GROUPS // features)
-    return grouped[:, torch.linspace(0, groups - 1, most).round().long()] if groups > most else grouped
+    if groups <= most:
+        return grouped
+    return grouped[:, torch.linspace(0, groups - 1, most, device=grouped.device).round().long()]
 
 
 def _covariance(x: Tensor, weights: Tensor | None) -> Tensor:

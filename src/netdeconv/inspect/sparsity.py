@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from netdeconv.errors import ShapeError
+from netdeconv.functional.precision import exact
 
 __all__ = ["hoyer_sparsity", "kurtosis", "unit_histogram"]
 
@@ -29,7 +30,8 @@ def kurtosis(x: Tensor, weights: Tensor | None = None) -> Tensor:
     Source: Pearson's fourth standardised moment, biased; as a measure of sparsity in B. Willmore and D. Tolhurst,
     "Characterizing the sparseness of neural codes", Network 12 (2001), there less 3.
     """
-    away = _centred(*_checked(x, weights, "kurtosis"))
+    x, weights = _checked(x, weights, "kurtosis")
+    away = _centred(x, weights)
     share = _shares(x, weights)
     variance = share @ away**2
     return torch.where(variance > 0, (share @ away**4) / variance**2, torch.nan)
@@ -58,7 +60,8 @@ def unit_histogram(x: Tensor, weights: Tensor | None = None, *, bins: int = 121,
     Shapes: x and weights as in :func:`kurtosis` -> ``(bins,)`` in float64, a density over ``-limit`` to ``limit``
     whose integral is 1; what lies further out counts in the outermost bins. Columns that never vary are left out.
     """
-    away = _centred(*_checked(x, weights, "unit_histogram"))
+    x, weights = _checked(x, weights, "unit_histogram")
+    away = _centred(x, weights)
     share = _shares(x, weights)
     sd = (share @ away**2).sqrt()
     varies = sd > 0
@@ -75,14 +78,14 @@ def _checked(x: Tensor, weights: Tensor | None, where: str) -> tuple[Tensor, Ten
         raise ShapeError(f"{where}: expected responses (rows, columns) with rows, got {tuple(x.shape)}.")
     if weights is not None and weights.shape != x.shape[:1]:
         raise ShapeError(f"{where}: expected weights ({len(x)},), one for each row, got {tuple(weights.shape)}.")
-    return x.double(), None if weights is None else weights.double()
+    return exact(x), None if weights is None else exact(weights)
 
 
 def _shares(x: Tensor, weights: Tensor | None) -> Tensor:
     """The part of the whole that each row stands for."""
     if weights is None:
         return torch.full((len(x),), 1 / len(x), dtype=torch.float64, device=x.device)
-    return weights.double() / weights.double().sum()
+    return weights / weights.sum()
 
 
 def _centred(x: Tensor, weights: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from netdeconv.errors import ShapeError
+from netdeconv.functional.precision import exact
 
 __all__ = ["correlation", "mean_abs_offdiagonal", "pair_correlations", "patch_correlation", "patch_covariance"]
 
@@ -42,7 +43,7 @@ def patch_covariance(
     shift = None
     for batch in _batches(x):
         if shift is None:  # any constant will do; the channel means of the first batch keep the sums small
-            shift = batch.double().mean(dim=(0, 2, 3))
+            shift = exact(batch).mean(dim=(0, 2, 3))
         elif shift.numel() != batch.shape[1]:
             raise ShapeError(
                 f"patch_covariance: expected images with {shift.numel()} channels like the first, got "
@@ -171,7 +172,7 @@ def _patches(
     images = max(1, _CHUNK // (per_line * lines))
     span = max(1, min(lines, _CHUNK // per_line))
     for part in x.split(images):
-        padded = F.pad(part.double(), (pad[1], pad[1], pad[0], pad[0]))
+        padded = F.pad(exact(part), (pad[1], pad[1], pad[0], pad[0]))
         for top in range(0, lines, span):
             last = min(top + span, lines) - 1
             strip = padded[:, :, top * step[0] : last * step[0] + reach[0]]

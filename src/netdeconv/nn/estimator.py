@@ -72,7 +72,7 @@ class Estimator:
 
     def __post_init__(self) -> None:
         kind = kind_of(self.window, self.channels, self.groups) if self.kind is None else self.kind
-        config = self.config.resolved(kind, self.channels // self.groups)
+        config = self.config.resolved(kind, self.channels // self.groups, self.window.taps, self.groups)
         assert config.block_size is not None
         plain: dict[str, Any] = {"channels": self.channels, "groups": self.groups, "kind": kind}
         plain |= {"window": dataclasses.asdict(self.window), "config": dataclasses.asdict(config)}

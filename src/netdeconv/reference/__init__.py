@@ -21,7 +21,8 @@ The C*K features are first split into blocks that share D. How, is the ``groupin
   block ``i mod (C/B)``; mean and covariance are pooled over the blocks. With groups: one block per group.
 * ``"contiguous"``: neighbouring channels; every feature is centred by its own mean, the covariance pooled
   over the full blocks. If B does not divide the channels (of a group), the last block is smaller and has a D
-  of its own.
+  of its own. Where even a channel is too much, blocks are pieces of a channel's taps, the last one of every channel
+  the smaller.
 
 Every function of tensors computes in float64, whatever it is given, and is differentiable by autograd.
 """

@@ -108,8 +108,9 @@ class _Statistics:
         update_every: int,
         differentiable: bool,
         average: str,
+        piece: int | None = None,
     ) -> None:
-        self.cut: dict[str, Any] = {"channels": channels, "groups": groups, "block_size": block_size}
+        self.cut: dict[str, Any] = {"channels": channels, "groups": groups, "block_size": block_size, "piece": piece}
         self.taps = taps
         self.eps, self.num_iters, self.momentum = eps, num_iters, momentum
         self.scale, self.update_every = scale, update_every

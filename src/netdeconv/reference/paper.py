@@ -99,8 +99,13 @@ def published_block_size(block_size: int, channels: int, *, groups: int = 1) -> 
     return channels if block_size > channels else math.gcd(block_size, channels)
 
 
-def deal(channels: int, taps: int, *, block_size: int, groups: int, grouping: str) -> list[list[list[int]]]:
-    """Which features a block has: ``deal(...)[group][block]`` lists flat indices ``channel * taps + tap``."""
+def deal(
+    channels: int, taps: int, *, block_size: int, groups: int, grouping: str, piece: int | None = None
+) -> list[list[list[int]]]:
+    """Which features a block has: ``deal(...)[group][block]`` lists flat indices ``channel * taps + tap``.
+
+    With ``piece`` a contiguous block is no more than so many taps of one channel, in place of ``block_size`` channels.
+    """
     if grouping == "interleaved":
         if groups > 1:
             block_size, grouping = channels // groups, "contiguous"  # one block per group
@@ -110,11 +115,11 @@ def deal(channels: int, taps: int, *, block_size: int, groups: int, grouping: st
     if grouping != "contiguous":
         raise ValueError(f"unknown grouping {grouping!r}")
     width = channels // groups
-    dealt = []
-    for first in range(0, channels, width):
-        starts = range(first, first + width, block_size)
-        ends = [min(start + block_size, first + width) for start in starts]
-        dealt.append([list(range(a * taps, b * taps)) for a, b in zip(starts, ends, strict=True)])
+    run, length = (width * taps, block_size * taps) if piece is None else (taps, piece)
+    dealt: list[list[list[int]]] = [[] for _ in range(groups)]
+    for first in range(0, channels * taps, run):
+        for start in range(first, first + run, length):
+            dealt[first // (width * taps)].append(list(range(start, min(start + length, first + run))))
     return dealt
 
 
@@ -147,25 +152,28 @@ def moments_interleaved(X: Tensor, *, channels: int, block_size: int, groups: in
 
 
 class ContiguousMoments(NamedTuple):
-    """mu (C*K,); Cov (n, n) or (groups, n, n), n = B*K; Cov_rest alike, of a smaller last block, or None."""
+    """mu (C*K,); Cov (n, n) or (groups, n, n), n = B*K or a piece; Cov_rest alike, of smaller last blocks, or None."""
 
     mu: Tensor
     Cov: Tensor
     Cov_rest: Tensor | None
 
 
-def moments_contiguous(X: Tensor, *, channels: int, block_size: int, groups: int = 1) -> ContiguousMoments:
-    """Means and covariances (without eps) of X (rows, C*K), neighbouring channels forming a block."""
+def moments_contiguous(
+    X: Tensor, *, channels: int, block_size: int, groups: int = 1, piece: int | None = None
+) -> ContiguousMoments:
+    """Means and covariances (without eps) of X (rows, C*K), neighbouring channels forming a block, or taps a piece."""
     X = X.double()
     mu = X.mean(0)
     taps = X.shape[1] // channels
-    full_size = min(block_size, channels // groups) * taps
+    full_size = min(block_size, channels // groups) * taps if piece is None else piece
     Covs, Cov_rests = [], []
-    for blocks in deal(channels, taps, block_size=block_size, groups=groups, grouping="contiguous"):
+    for blocks in deal(channels, taps, block_size=block_size, groups=groups, grouping="contiguous", piece=piece):
         each = [covariance(X[:, block], mu[block]) for block in blocks]
         full = [Cov for Cov in each if Cov.shape[0] == full_size]
-        Covs.append(sum(full[1:], start=full[0]) / len(full))
-        Cov_rests += [Cov for Cov in each if Cov.shape[0] < full_size]
+        rest = [Cov for Cov in each if Cov.shape[0] < full_size]
+        Covs.append(torch.stack(full).mean(0))
+        Cov_rests += [torch.stack(rest).mean(0)] if rest else []
     if groups == 1:
         return ContiguousMoments(mu, Covs[0], Cov_rests[0] if Cov_rests else None)
     return ContiguousMoments(mu, torch.stack(Covs), torch.stack(Cov_rests) if Cov_rests else None)
@@ -225,7 +233,8 @@ def whiten_patches(
     scales = X.new_ones(X.shape[-1]) if S is None else S.double().repeat_interleave(taps)
     pooled_mean = grouping == "interleaved" and groups == 1
     roots = D.double().reshape(groups, D.shape[-1], D.shape[-1])
-    dealt = deal(channels, taps, block_size=D.shape[-1] // taps, groups=groups, grouping=grouping)
+    piece = D.shape[-1] if D.shape[-1] < taps else None
+    dealt = deal(channels, taps, block_size=D.shape[-1] // taps, groups=groups, grouping=grouping, piece=piece)
     whitened = torch.zeros_like(X)
     for group, blocks in enumerate(dealt):
         for block in blocks:
@@ -259,8 +268,8 @@ def deconvolve(
     """``y = (X - mu) S D w + b`` for each patch of x (batch, C, *size), whitening the patches themselves.
 
     ``weight`` (out, C/groups, *kernel_size), ``bias`` (out,) or None; returns (batch, out, *out_size). D tells
-    the block size; without S it is the identity. Nothing is folded. Padding belongs to the patch: it is centred,
-    scaled and whitened like pixels.
+    the block size, or the piece; without S it is the identity. Nothing is folded. Padding belongs to the patch: it is
+    centred, scaled and whitened like pixels.
     """
     kernel_size = tuple(weight.shape[2:])
     window: dict[str, Any] = {"kernel_size": kernel_size, "stride": stride, "dilation": dilation}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from netdeconv.errors import ShapeError
+from netdeconv.functional.precision import exact
 
 __all__ = ["ChannelAffine", "scale_and_shift"]
 
@@ -45,8 +46,8 @@ def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor] | None:
     if norm.running_mean is None or norm.running_var is None:
         return None
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    scale = torch.rsqrt(norm.running_var.detach().double() + getattr(norm, "eps", 0.0))
+    scale = torch.rsqrt(exact(norm.running_var.detach()) + getattr(norm, "eps", 0.0))
     if weight is not None:
-        scale = scale * weight.detach().double()
-    shift = -scale * norm.running_mean.detach().double()
-    return scale, shift if bias is None else shift + bias.detach().double()
+        scale = scale * exact(weight.detach())
+    shift = -scale * exact(norm.running_mean.detach())
+    return scale, shift if bias is None else shift + exact(bias.detach())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from netdeconv.errors import ConfigError
+from netdeconv.functional.precision import exact
 
 __all__ = ["batches", "max_relative_error", "run_batch", "tensors_of"]
 
@@ -79,7 +80,7 @@ def max_relative_error(got: Any, expected: Any) -> float:
         if not (b.is_floating_point() or b.is_complex()):
             worst = max(worst, 0.0 if torch.equal(a, b) else float("inf"))
             continue
-        a, b = (tensor.detach().to(torch.complex128 if tensor.is_complex() else torch.float64) for tensor in (a, b))
+        a, b = exact(a.detach()), exact(b.detach())
         finite = b.isfinite()
         if not torch.equal(a.isfinite(), finite):
             return float("inf")

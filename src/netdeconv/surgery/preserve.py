@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from netdeconv.errors import NumericalError
 from netdeconv.functional import Blocks
+from netdeconv.functional.precision import exact
 from netdeconv.surgery.affine import ChannelAffine, scale_and_shift
 from netdeconv.surgery.batches import max_relative_error, run_batch
 from netdeconv.surgery.dataflow import Watch
@@ -121,8 +122,8 @@ def _replace_norm(
         targets[layer] = (weight * scale.reshape(-1, *[1] * (weight.dim() - 1)), bias * scale + shift)
         become(norm, found.without(alone=True))
         return Action.FOLD, f"into {paths[layer]}"
-    dtype = norm.weight.dtype if getattr(norm, "weight", None) is not None else norm.running_mean.dtype
-    new: nn.Module = ChannelAffine(scale.to(dtype), shift.to(dtype)).requires_grad_(learns)
+    like = norm.weight if getattr(norm, "weight", None) is not None else norm.running_mean
+    new: nn.Module = ChannelAffine(scale.to(like), shift.to(like)).requires_grad_(learns)
     if found.after:
         new = nn.Sequential(collections.OrderedDict([("affine", new), *found.after.items()]))
     become(norm, new)
@@ -134,7 +135,7 @@ def _replace_layer(layer: Any, twin: Any, gatherer: Gatherer, target: Any) -> tu
     remember(twin.whitening, gatherer.moments(), gatherer.batches)
     weight, bias = unfold(target[0], target[1], twin.whitening)
     twin.weight = parameter_like(layer.weight, weight)
-    twin.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=_flag(layer))
+    twin.bias = nn.Parameter(bias.to(layer.weight), requires_grad=_flag(layer))
     become(layer, twin)
     return Action.WHITEN, "evaluates as before"
 
@@ -146,22 +147,22 @@ def unfold(weight: Tensor, bias: Tensor, whitening: Any) -> tuple[Tensor, Tensor
     """
     blocks: Blocks = whitening.blocks
     found = whitening.remembered()
-    grouped = weight.double().reshape(blocks.groups, -1, blocks.group_features)
-    shift = torch.einsum("goi,gi->go", grouped, blocks.spread_mean(found.mean.double())).flatten()
+    grouped = exact(weight).reshape(blocks.groups, -1, blocks.group_features)
+    shift = torch.einsum("goi,gi->go", grouped, blocks.spread_mean(exact(found.mean))).flatten()
     if found.scale is not None:
-        grouped = grouped / blocks.of_channels(found.scale.double()).unsqueeze(1)
+        grouped = grouped / blocks.of_channels(exact(found.scale)).unsqueeze(1)
     parts = []
     for part, root in zip(blocks.split(grouped), found.roots, strict=True):
         groups, out, count, size = part.shape
         flat = part.reshape(groups, out * count, size)
-        solved = torch.linalg.solve(root.double().expand(groups, size, size), flat, left=False)
+        solved = torch.linalg.solve(exact(root).expand(groups, size, size), flat, left=False)
         parts.append(solved.reshape(part.shape))
-    return blocks.join(parts).reshape(weight.shape), bias.double() + shift
+    return blocks.join(parts).reshape(weight.shape), exact(bias) + shift
 
 
 def _plain_parameters(layer: Any) -> tuple[Tensor, Tensor]:
-    weight = layer.weight.detach().double()
-    return weight, weight.new_zeros(weight.shape[0]) if layer.bias is None else layer.bias.detach().double()
+    weight = exact(layer.weight.detach())
+    return weight, weight.new_zeros(weight.shape[0]) if layer.bias is None else exact(layer.bias.detach())
 
 
 def _with_shared_parameters(model: nn.Module) -> set[nn.Module]:

@@ -145,21 +145,21 @@ def _is_affine_then(module: Any, after: list[nn.Module]) -> bool:
     try:
         probe = copy.deepcopy(module).to_empty(device="cpu").float().eval()
         for tensor in (*probe.parameters(), *probe.buffers()):
-            tensor.data = torch.rand(tensor.shape, generator=random).add_(0.5).to(tensor.dtype)
+            tensor.data = torch.rand(tensor.shape, generator=random, device="cpu").add_(0.5).to(tensor.dtype)
     except Exception:  # whatever a foreign class does here, it is not known to be a batch norm
         return False
     weight, bias = getattr(probe, "weight", None), getattr(probe, "bias", None)
     scale = (probe.running_var + getattr(probe, "eps", 0.0)).rsqrt() * (1.0 if weight is None else weight)
     shift = (0.0 if bias is None else bias) - scale * probe.running_mean
     for dims in (2, 1, 0, 3):
-        x = torch.randn(2, scale.numel(), *[3] * dims, generator=random)
+        x = torch.randn(2, scale.numel(), *[3] * dims, generator=random, device="cpu")
         shape = (1, -1, *[1] * dims)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.device("cpu"):  # for what its forward may make
                 got = probe(x.clone())
         except Exception:
             continue
-        with torch.no_grad():
+        with torch.no_grad(), torch.device("cpu"):
             expected = x * scale.reshape(shape) + shift.reshape(shape)
             for child in probe.children():
                 expected = child(expected)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from netdeconv.errors import NumericalError, StatisticsError
 from netdeconv.functional import Blocks, Sample, Window, channel_variance, patch_moments
+from netdeconv.functional.precision import exact
 from netdeconv.nn import Whitening
 
 __all__ = ["Gathered", "Gatherer", "input_rows", "put", "remember", "varies"]
@@ -159,18 +160,19 @@ class Gatherer:
         ]
 
     def _add(self, images: Tensor) -> None:
+        images = exact(images)
         sample = self._sample(images)
         if not sample.rows.shape[0]:
             return
         moments = patch_moments(
-            sample.rows.double(), self.whitening.blocks, sample.weights, pooled=not self._scaled
+            sample.rows, self.whitening.blocks, sample.weights, pooled=not self._scaled
         )
         self._patches.add(moments.mean, moments.covs, float(moments.total))
         if self.whitening.config.sampling != "corner":
-            everywhere = self.whitening.estimator.mean_of(images.double())
+            everywhere = self.whitening.estimator.mean_of(images)
             self._all.add(everywhere.mean, (), float(everywhere.total))
         if self._scaled:
-            mean, var, count = channel_variance(images.double())
+            mean, var, count = channel_variance(images)
             self._channels.add(torch.cat([mean, var + mean.square()]), (), count)
 
     def _chunks(self, x: Tensor) -> Sequence[Tensor]:
@@ -186,7 +188,8 @@ class Gatherer:
         sample = whitening.estimator.sample
         if self.every_position:
             return sample(images)
-        return sample(images, max_samples=whitening.config.max_samples, turn=torch.tensor(self.batches))
+        turn = torch.tensor(self.batches, device=images.device)
+        return sample(images, max_samples=whitening.config.max_samples, turn=turn)
 
 
 def input_rows(x: Tensor, window: Window) -> Tensor:

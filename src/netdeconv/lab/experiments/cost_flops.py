@@ -4,7 +4,6 @@ are two."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -121,7 +120,7 @@ def whitening_flops(layer: WhitenedConv2d, x: Tensor) -> dict[str, float]:
     config = layer.whitening.config
     rows = len(layer.whitening.estimator.sample(x, max_samples=config.max_samples).rows)
     through = config.differentiable
-    sizes = list(_block_sizes(layer))
+    sizes = _block_sizes(layer)
     moments = sum(2.0 * rows * n**2 * blocks for n, blocks, _ in sizes)
     root = sum(2.0 * _products(config) * n**3 * roots for n, _, roots in sizes)
     fold = sum(2.0 * layer.out_channels // layer.groups * n**2 * blocks for n, blocks, _ in sizes)
@@ -142,12 +141,7 @@ def _products(config: WhiteningConfig) -> int:
     return recurrence if config.solver == "newton_schulz" else _PRODUCTS.get(config.num_iters, recurrence)
 
 
-def _block_sizes(layer: WhitenedConv2d) -> Iterator[tuple[int, int, int]]:
+def _block_sizes(layer: WhitenedConv2d) -> list[tuple[int, int, int]]:
     """For each size of block: its features, how many blocks there are of it, and how many roots they share."""
-    left = layer.in_channels // layer.groups * layer.kernel_size[0] ** 2
-    rest = getattr(layer.whitening, "running_root_rest", None)
-    if rest is not None:
-        yield rest.shape[-1], layer.groups, layer.groups
-        left -= rest.shape[-1]
-    n = layer.whitening.running_root.shape[-1]
-    yield n, left // n * layer.groups, layer.whitening.running_root.numel() // n**2
+    blocks = layer.whitening.blocks
+    return [(size, count * blocks.groups, blocks.groups) for count, size in blocks.parts]
