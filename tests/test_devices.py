@@ -30,8 +30,6 @@ FACTORIES = {
     "ones", "rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
 }  # fmt: skip
 LIBRARY = ("functional", "inspect", "nn", "surgery")
-# Made for the CPU alone, and found on the default device.
-UNNAMED = {"nn/cache.py", "nn/schedule.py"}
 # Where float64 is asked for by one who knows that the device has it.
 KNOWING = {"functional/precision.py", "functional/gram.py", "functional/isqrt.py", "nn/cache.py"}
 
@@ -82,7 +80,7 @@ def doubles(tree: ast.AST) -> list[int]:
 
 def test_every_tensor_names_its_device() -> None:
     found = {name: without_device(tree) for name, tree in sources()}
-    assert {name: lines for name, lines in found.items() if lines and name not in UNNAMED} == {}
+    assert {name: lines for name, lines in found.items() if lines} == {}
     assert {name: lines for name, tree in sources() if (lines := kept_without_device(tree))} == {}
 
 
@@ -157,12 +155,6 @@ def nothing_kept(kept: list[Any]) -> None:
     """Caches are filled in here, not by the tests before."""
     for cache in kept:
         cache.cache_clear()
-
-
-@pytest.fixture(autouse=True)
-def without_kept_folds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights are folded anew at every evaluation: what notices their changes is made on the default device."""
-    monkeypatch.setattr("netdeconv.nn.cache.FoldCache.folded", lambda self, made_of, compute: compute())
 
 
 def step(net: nn.Module, x: Tensor) -> Tensor:

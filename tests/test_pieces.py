@@ -369,3 +369,18 @@ def test_a_layer_of_pieces_is_the_convolution_of_whitened_patches() -> None:
     assert blocks.parts == ((2, 19 * 37), (2, 18 * 37))
     expected = (white @ layer.weight.double().flatten(1).T + layer.bias.double()).transpose(1, 2).reshape(4, 3, 4, 4)
     torch.testing.assert_close(layer(x), expected.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_patches_of_large_kernels_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    take = Estimator.sample
+
+    def watched(self: Estimator, x: Tensor, *, max_samples: int, turn: Tensor) -> Any:
+        seen.append(max_samples)
+        return take(self, x, max_samples=max_samples, turn=turn)
+
+    monkeypatch.setattr(Estimator, "sample", watched)
+    for channels, taps in ((64, 3), (96, 31)):
+        layer = WhitenedConv2d(channels, channels, taps, groups=channels, padding=taps // 2)
+        layer(torch.randn(1, channels, 16, 16))
+    assert seen == [4096, 2**26 // (96 * 31 * 31)]

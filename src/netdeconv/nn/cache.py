@@ -78,4 +78,5 @@ def _fingerprint(tensor: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _vector(length: int, dtype: torch.dtype) -> Tensor:
     """A low-discrepancy sequence: fixed, without a pattern that weights might share, and nowhere near zero."""
-    return torch.arange(1, length + 1, dtype=torch.float64).mul_(0.6180339887498949).frac_().add_(0.5).to(dtype)
+    index = torch.arange(1, length + 1, dtype=torch.float64, device="cpu")
+    return index.mul_(0.6180339887498949).frac_().add_(0.5).to(dtype)

@@ -31,6 +31,8 @@ from netdeconv.functional import (
 
 __all__ = ["Estimator", "kind_of"]
 
+# Fewer patches are sampled where they are as long as those of large kernels: 256 MiB in float32.
+_ENTRIES_OF_SAMPLE = 2**26
 # A variance is that of some images of the batch, at least so many positions and so many images.
 _ROWS_FOR_VARIANCE, _IMAGES_FOR_VARIANCE = 8192, 16
 
@@ -122,7 +124,10 @@ class Estimator:
             scale: what every channel is multiplied by first; the moments are those of the products.
             factored: factors instead of covariances where an iteration is shorter on the rows.
         """
-        rows, weights = self.sample(x, max_samples=self.config.max_samples, turn=turn)
+        most = self.config.max_samples
+        if most is not None:
+            most = min(most, max(1, _ENTRIES_OF_SAMPLE // (self.channels * self.window.taps)))
+        rows, weights = self.sample(x, max_samples=most, turn=turn)
         if scale is not None:
             rows = rows.to(scale.dtype) * self.blocks.of_channels(scale).flatten()
         factored = factored and self.config.solver != "eigh" and self.config.average == "root"

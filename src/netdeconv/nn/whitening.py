@@ -357,7 +357,7 @@ class Whitening(RunningStatistics):
         return self
 
     def extra_repr(self) -> str:
-        default = WhiteningConfig().resolved(str(self.estimator.kind), self.blocks.channels // self.blocks.groups)
+        default = dataclasses.replace(self.estimator, config=WhiteningConfig()).config
         changed = [f"{name}={value!r}" for name, value in vars(self.config).items() if value != getattr(default, name)]
         kernel = "x".join(map(str, self.window.kernel_size)) or "linear"
         return ", ".join([f"{self.blocks.channels}", kernel, *changed])
