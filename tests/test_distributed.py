@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,62 @@ def run_mixed(mode: str, who: int, rank: int) -> str:
     return ""
 
 
+def _in_order(first: nn.Module, second: nn.Module, rank: int) -> None:
+    for layer in (first, second) if rank == 0 else (second, first):
+        layer(torch.randn(4, 4, 6, 6, generator=torch.Generator().manual_seed(rank)))
+
+
+def _two(steps: int, size: int = 3) -> tuple[nn.Module, nn.Module]:
+    """Two layers that nothing but weights and statistics tells apart, or their kernels."""
+    torch.manual_seed(0)
+    layers = WhitenedConv2d(4, 4, 3), WhitenedConv2d(4, 4, size)
+    for _ in range(steps):
+        for layer in layers:
+            layer(torch.randn(4, 4, 6, 6))
+    return layers
+
+
+class Skipping(nn.Sequential):
+    def forward(self, x: Tensor, skip: bool) -> Tensor:
+        for layer in (self[0], self[2]) if skip else self:
+            x = layer(x)
+        return x
+
+
+def run_skipping(rank: int) -> None:
+    layers = _two(0)
+    model = DistributedDataParallel(Skipping(*layers, WhitenedConv2d(4, 4, 1)), find_unused_parameters=True)
+    for step in range(3):
+        model(torch.randn(4, 4, 8, 8), step == 1 and rank == 1).sum().backward()
+
+
+def run_uneven(rank: int, throw: bool) -> None:
+    model = DistributedDataParallel(nn.Sequential(*_two(0)))
+    with model.join(throw_on_early_termination=throw):
+        for _ in range(2 + rank):
+            model(torch.randn(4, 4, 8, 8)).sum().backward()
+
+
+ELSEWHERE: dict[str, Callable[[int], None]] = {
+    "another order": lambda rank: _in_order(*_two(0), rank),
+    "another order later": lambda rank: _in_order(*_two(18), rank),
+    "another kind": lambda rank: _in_order(_two(0)[0], netdeconv.ChannelWhitening(4), rank),
+    "another size": lambda rank: _in_order(*_two(0, size=1), rank),
+    "skipped": run_skipping,
+    "join": lambda rank: run_uneven(rank, False),
+    "join that throws": lambda rank: run_uneven(rank, True),
+}
+
+
+def run_elsewhere(name: str, rank: int) -> str:
+    """What it raised."""
+    try:
+        ELSEWHERE[name](rank)
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def run_alone(rank: int) -> bool:
     """One process evaluates, twice as often with gradients, while the other waits in its next training step."""
     model = DistributedDataParallel(network())
@@ -157,6 +214,7 @@ def work(rank: int, folder: str) -> None:
         f"{mode} {who}": lambda mode=mode, who=who: run_mixed(mode, who, rank)  # type: ignore[misc]
         for mode, who in MIXED
     }
+    cases |= {name: lambda name=name: run_elsewhere(name, rank) for name in ELSEWHERE}  # type: ignore[misc]
     results = {}
     for name, run in cases.items():
         method, limit = f"file://{folder}/{name.replace(' ', '-')}", datetime.timedelta(seconds=60)
@@ -240,3 +298,19 @@ def test_processes_in_different_modes_are_refused(both: list[dict[str, Any]], mo
     here = "kept" if who == 1 else "gathered"
     assert f"statistics are {here}" in second and "in process 1 and" in second
     assert first.startswith("RuntimeError"), "the first process learns that the other one is gone"
+
+
+@pytest.mark.parametrize("name", [name for name in ELSEWHERE if "join" not in name])
+def test_statistics_of_two_layers_are_never_mixed(both: list[dict[str, Any]], name: str) -> None:
+    for results in both:
+        assert re.match(
+            r"StatisticsError: \w+\(4.*expected all processes to call the same layers in the same order.* got "
+            r"(WhitenedConv2d|Channel\w+)\(.*\) in process 0, (WhitenedConv2d|Channel\w+)\(.*\) in process 1",
+            results[name],
+        ), results[name]
+
+
+def test_uneven_inputs_are_refused_as_for_batch_normalisation_over_processes(both: list[dict[str, Any]]) -> None:
+    for results in both:
+        assert re.match(r"StatisticsError: .*got DistributedDataParallel\.join\(\).*throw_on_early", results["join"])
+        assert "exhausted" in results["join that throws"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from netdeconv import ChannelWhitening, NonFiniteWarning, WhitenedConv2d, WhitenedLinear, WhiteningConfig
 from netdeconv.functional import Blocks, Moments, Window, channel_variance, patch_moments
-from netdeconv.nn.sync import Share, _all_reduce, distributed, joined_moments, share_of_channels
+from netdeconv.nn.sync import Place, Share, _all_reduce, distributed, joined_moments, share_of_channels
 
 DRAWS = settings(deadline=None, derandomize=True, max_examples=40)
 
@@ -160,9 +160,18 @@ def test_a_gradient_of_a_gradient_is_summed_as_well(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("scale", [False, True])
 def test_one_call_carries_all_that_is_known(monkeypatch: pytest.MonkeyPatch, scale: bool) -> None:
     sent: list[int] = []
+
+    def all_reduce(value: Tensor, group: Any = None) -> None:
+        if value.dim() == 1:
+            sent.append(len(value))
+        else:  # who is where: two processes, both here
+            assert value.shape == (2, 7)
+            value[1] = value[0]
+
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
-    monkeypatch.setattr(dist, "all_reduce", lambda value, group=None: sent.append(len(value)))
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: 0)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
     layer = WhitenedConv2d(3, 4, 1, whitening=WhiteningConfig(update_every=2, scale=scale))
     for _ in range(18):
         layer(torch.randn(4, 3, 2, 2))
@@ -360,6 +369,37 @@ def test_a_process_follows_the_counters_that_were_broadcast_to_it(monkeypatch: p
     layer.whitening.num_steps.fill_(129)  # as DistributedDataParallel writes them: in place, without a word
     layer.whitening.num_updates.fill_(40)
     monkeypatch.setattr("netdeconv.nn.whitening.distributed", lambda group: True)
-    monkeypatch.setattr("netdeconv.nn.whitening.joined_moments", lambda shares, _: [share.moments for share in shares])
+    monkeypatch.setattr("netdeconv.nn.whitening.Place.of", lambda *_: None)
+    monkeypatch.setattr("netdeconv.nn.whitening.joined_moments", lambda shares, *_: [share.moments for share in shares])
     layer(torch.randn(8, 4))
     assert int(layer.whitening.num_updates) == 40, "step 129 is no refresh step"
+
+
+def test_on_an_accelerator_the_place_travels_with_the_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is looked at there: an assertion that the device makes."""
+    blocks = Blocks.plan(3, Window(), 1, 64, "contiguous")
+    moments, about = patch_moments(rows(5, 3), blocks), torch.zeros(3, dtype=torch.float64)
+    places = [
+        Place.of("here", name, torch.tensor(4), [torch.ones(3, dtype=torch.float64), torch.full((2, 2), 0.5)])
+        for name in ("one", "one", "other")
+    ]
+    sent: list[Tensor] = []
+
+    def all_reduce(value: Tensor, group: Any = None) -> None:
+        sent.append(value.clone())
+        value.copy_(torch.stack(sent).sum(0))
+
+    asserted: list[bool] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: len(sent))
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(torch, "_assert_async", lambda same, message: asserted.append(bool(same)))
+    monkeypatch.setattr(Place, "on_cpu", property(lambda self: False))
+    for second in places[1:]:
+        sent.clear()
+        for place in (places[0], second):
+            found = joined_moments([Share(moments, blocks, about)], None, place)
+        torch.testing.assert_close(found[0].mean, moments.mean, **JOINED)
+        torch.testing.assert_close(found[0].covs, moments.covs, **JOINED)
+    assert asserted[1::2] == [True, False]

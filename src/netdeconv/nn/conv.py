@@ -90,7 +90,7 @@ class _WhitenedConv(WhitenedLayer):
         if geometry is None:
             weight, bias = self.whitened_parameters(x if x.dim() == dims + 2 else x.unsqueeze(0))
         else:
-            found = self.whitening(x, by_hand=True)
+            found = self.whitening(x, by_hand=True, weight=self.weight)
             if found is not None and found.slope is not None:
                 state = (found.mean, found.roots, found.scale, found.slope, self.whitening.blocks)
                 return whitened_convolution(x, self.weight, self.bias, *state, geometry)

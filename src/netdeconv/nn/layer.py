@@ -34,7 +34,7 @@ class WhitenedLayer(nn.Module):
     def whitened_parameters(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight and bias that whiten x ``(N, C, *spatial)`` and then do what the layer does."""
         whitening = self.whitening
-        found = whitening(x)
+        found = whitening(x, weight=self.weight)
         if found is None:
             return self.weight, self.bias
         if (whitening.training and not whitening.frozen) or torch.is_grad_enabled() or traced():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,12 +10,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn.parallel import DistributedDataParallel
 
 from netdeconv.errors import StatisticsError
 from netdeconv.functional import Blocks, Moments
 from netdeconv.functional.precision import without_autocast
 
-__all__ = ["Share", "check_same_mode", "distributed", "joined_moments", "share_of_channels"]
+__all__ = [
+    "Place",
+    "Share",
+    "check_not_joining",
+    "check_same_mode",
+    "distributed",
+    "joined_moments",
+    "share_of_channels",
+]
+
+_ELSEWHERE = (
+    "expected all processes to call the same layers in the same order with the same weights and running means, as "
+    "SyncBatchNorm does; build layers that some processes skip with WhiteningConfig(sync=False)"
+)
+_DIGITS, _LEAST = 1e-2, 1e-6  # processors round differently, and layers differ by more
 
 
 def distributed(process_group: Any = None) -> bool:
@@ -44,6 +60,71 @@ def check_same_mode(mine: bool, first: Tensor, label: str) -> None:
     )
 
 
+def check_not_joining(label: str) -> None:
+    """Refuse ``DistributedDataParallel.join()``, in which a process without inputs left answers no other calls.
+
+    Raises:
+        StatisticsError: it would, and the others would mix its gradients with statistics.
+    """
+    model = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    join = getattr(model, "_join_config", None)
+    if join is not None and join.enable and not join.throw_on_early_termination:
+        raise StatisticsError(
+            f"{label}: expected all processes to take part in every step, got DistributedDataParallel.join(), which "
+            "lets one run out of inputs. Pass throw_on_early_termination=True to join(), as for SyncBatchNorm, or build "
+            "the layers with WhiteningConfig(sync=False)."
+        )
+
+
+class Place(NamedTuple):
+    """Which layer, and which of its calls, statistics are of: what it is called, and numbers that others differ in."""
+
+    label: str
+    numbers: Tensor
+
+    @classmethod
+    def of(cls, label: str, name: str, step: Tensor, values: Sequence[Tensor]) -> Place:
+        """Told apart from others by a name and a step, and by the sum and the first of values that processes share."""
+        code = zlib.crc32(f"{label} {name}".encode())
+        dtype, device = torch.promote_types(values[0].dtype, torch.float32), values[0].device
+        codes = torch.tensor([code % 4093, code // 4093 % 4093], dtype=dtype, device=device)
+        parts = [codes, step.reshape(1).to(dtype)]
+        for value in values:
+            flat = value.detach().flatten().to(dtype)
+            parts += [flat[:1], flat.sum(0, keepdim=True)]
+        return cls(label, torch.cat(parts).nan_to_num())
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the numbers can be looked at without waiting."""
+        return self.numbers.device.type == "cpu"
+
+    def in_own_row(self, process_group: Any) -> Tensor:
+        """A row for every process, of which this one is filled; the sum over processes fills the others."""
+        rows = self.numbers.new_zeros(dist.get_world_size(process_group), len(self.numbers))
+        rows[dist.get_rank(process_group)] = self.numbers
+        return rows
+
+    def everywhere(self, rows: Tensor) -> Tensor:
+        """Whether all processes are here, by their rows."""
+        return torch.isclose(rows.reshape(-1, len(self.numbers)), self.numbers, rtol=_DIGITS, atol=_LEAST).all()
+
+    def check(self, process_group: Any) -> None:
+        """Compare with all processes.
+
+        Raises:
+            StatisticsError: they are not all here.
+        """
+        rows = self.in_own_row(process_group)
+        dist.all_reduce(rows, group=process_group)
+        if self.everywhere(rows):
+            return
+        labels: list[str] = [""] * len(rows)
+        dist.all_gather_object(labels, self.label, group=process_group)
+        got = ", ".join(f"{label} in process {rank}" for rank, label in enumerate(labels))
+        raise StatisticsError(f"{self.label}: {_ELSEWHERE}, got {got}.")
+
+
 class Share(NamedTuple):
     """What one process has to say: moments of its rows, how the rows are cut, and a point, the same everywhere, that
     sums are taken about, of ``blocks.mean_shape``."""
@@ -53,7 +134,9 @@ class Share(NamedTuple):
     about: Tensor
 
 
-def joined_moments(shares: Sequence[Share], process_group: Any = None) -> list[Moments]:
+def joined_moments(
+    shares: Sequence[Share], process_group: Any = None, place: Place | None = None
+) -> list[Moments]:
     """Moments of the rows of all processes together, by one all-reduce of count-weighted sums.
 
     Sums are taken about the running mean, or one near it: about zero, a mean that is large beside the deviation would
@@ -63,6 +146,11 @@ def joined_moments(shares: Sequence[Share], process_group: Any = None) -> list[M
     Args:
         shares: e.g. of all rows and of a sample; they travel together.
         process_group: processes to join; ``None`` for all.
+        place: what the moments are of, which has to be the same everywhere. On a CPU that is compared first, as sums
+            of another length would end the process; elsewhere it travels with the sums.
+
+    Raises:
+        StatisticsError: processes are at different places, on a CPU; on other devices torch reports an assertion.
     """
     if not distributed(process_group):
         return [share.moments for share in shares]
@@ -70,7 +158,13 @@ def joined_moments(shares: Sequence[Share], process_group: Any = None) -> list[M
         # An empty share still takes part, in the backward pass too, or the others would wait for it.
         shares = [share if share.moments.rows else _without_nan(share) for share in shares]
         sums = [_sums(share) for share in shares]
-        joined = _all_reduce(torch.cat(sums), process_group).split([len(part) for part in sums])
+        if place is not None and place.on_cpu:
+            place.check(process_group)
+        elif place is not None:  # to look would mean to wait for the device
+            sums.insert(0, place.in_own_row(process_group).flatten())
+        joined = list(_all_reduce(torch.cat(sums), process_group).split([len(part) for part in sums]))
+        if len(joined) > len(shares) and place is not None:
+            torch._assert_async(place.everywhere(joined.pop(0)), f"{place.label}: {_ELSEWHERE}")
         return [_joined(part, share) for part, share in zip(joined, shares, strict=True)]
 
 

@@ -18,7 +18,15 @@ from netdeconv.nn.calls import Call, Calls, in_backward, may_be_repeated
 from netdeconv.nn.estimator import Estimator
 from netdeconv.nn.refresh import all_finite, opaque_refresh, refreshed, varies
 from netdeconv.nn.running import Batch, RunningStatistics, Statistics, kept
-from netdeconv.nn.sync import Share, check_same_mode, distributed, joined_moments, share_of_channels
+from netdeconv.nn.sync import (
+    Place,
+    Share,
+    check_not_joining,
+    check_same_mode,
+    distributed,
+    joined_moments,
+    share_of_channels,
+)
 
 __all__ = ["Statistics", "Whitening"]
 
@@ -82,6 +90,7 @@ class Whitening(RunningStatistics):
         self.process_group: Any = None
         self._calls = Calls()
         self._agreed = False
+        self._place: Place | None = None
         mode = torch.ones((), dtype=torch.int64, device=device)
         self.register_buffer("gathers", mode, persistent=False)  # DistributedDataParallel brings that of rank 0
         self.reset_statistics()
@@ -91,13 +100,14 @@ class Whitening(RunningStatistics):
         super().reset_statistics()
         self.tell_mode()
 
-    def forward(self, x: Tensor, *, by_hand: bool = False) -> Statistics | None:
+    def forward(self, x: Tensor, *, by_hand: bool = False, weight: Tensor | None = None) -> Statistics | None:
         """What to fold for x ``(N, C, *spatial)``; ``None`` for nothing.
 
         An empty batch is no step and changes nothing.
 
         Args:
             by_hand: the caller takes care of the gradient of the scale; it gets the ``slope`` where there is one.
+            weight: the caller's, by which several processes tell whether they are at the same layer.
 
         Raises:
             StatisticsError: with ``sync``, some processes train while others are frozen or in evaluation mode; or a
@@ -106,6 +116,9 @@ class Whitening(RunningStatistics):
         shared = self._shared()
         if shared and not torch.compiler.is_compiling():
             self._check_mode()
+            check_not_joining(self.label)
+            known = (self.running_mean, self.running_mean if weight is None else weight)
+            self._place = Place.of(self.label, self.estimator.serialized, self.num_steps, known)
         if not self._gathering():
             return self.remembered()
         if self._sees_single_pixels(x):
@@ -226,7 +239,7 @@ class Whitening(RunningStatistics):
         if channels is not None:
             of_channels = self.blocks.spread_mean(about).reshape(-1, self.blocks.taps).mean(1)
             shares.append(share_of_channels(*channels, of_channels))
-        moments, *rest = joined_moments(shares, self.process_group)
+        moments, *rest = joined_moments(shares, self.process_group, self._place)
         if channels is not None:
             mean, (var,), count, _ = rest.pop()
             channels = mean, var.flatten(), count
@@ -321,7 +334,7 @@ class Whitening(RunningStatistics):
             sample = self.estimator.sample_moments(seen, turn, scale, factored=factored)
             if self._shared():
                 about = self.running_mean.to(scale.dtype) * self.blocks.of_channels(scale.detach()).flatten()
-                (sample,) = joined_moments([Share(sample, self.blocks, about)], self.process_group)
+                (sample,) = joined_moments([Share(sample, self.blocks, about)], self.process_group, self._place)
         if self.config.sampling == "corner":  # as published, the mean is the sample's
             mean = sample.mean if scale is None else sample.mean / self.blocks.of_channels(scale).flatten()
             batch = batch._replace(mean=mean, counts=batch.counts & all_finite((mean,)))
