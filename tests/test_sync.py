@@ -368,9 +368,9 @@ def test_a_process_follows_the_counters_that_were_broadcast_to_it(monkeypatch: p
     layer = WhitenedLinear(4, 2, whitening=WhiteningConfig(update_every=16))
     layer.whitening.num_steps.fill_(129)  # as DistributedDataParallel writes them: in place, without a word
     layer.whitening.num_updates.fill_(40)
-    monkeypatch.setattr("netdeconv.nn.whitening.distributed", lambda group: True)
+    monkeypatch.setattr("netdeconv.nn.batch.distributed", lambda group: True)
     monkeypatch.setattr("netdeconv.nn.whitening.Place.of", lambda *_: None)
-    monkeypatch.setattr("netdeconv.nn.whitening.joined_moments", lambda shares, *_: [share.moments for share in shares])
+    monkeypatch.setattr("netdeconv.nn.batch.joined_moments", lambda shares, *_: [share.moments for share in shares])
     layer(torch.randn(8, 4))
     assert int(layer.whitening.num_updates) == 40, "step 129 is no refresh step"
 

@@ -355,7 +355,7 @@ def test_what_a_compiled_step_does_is_what_an_eager_step_does(
         x = torch.randn(6, 3, 2, generator=torch.Generator().manual_seed(step)).requires_grad_()
         pair = eager(x)
         with monkeypatch.context() as patch:
-            for module in ("schedule", "whitening", "running"):
+            for module in ("schedule", "whitening", "batch", "running"):
                 patch.setattr(f"netdeconv.nn.{module}.torch", InCompiler())
             ours = compiled(x)
         assert torch.equal(ours.mean, pair.mean)

@@ -4,10 +4,11 @@ from netdeconv.functional.blocks import Blocks
 from netdeconv.functional.fold import fold
 from netdeconv.functional.gram import inverse_sqrt_of_rows
 from netdeconv.functional.isqrt import SOLVERS, inverse_sqrt
+from netdeconv.functional.linear_step import whitened_linear
 from netdeconv.functional.moments import Moments, patch_moments
 from netdeconv.functional.patches import Window, gather_patches, mean_patch
 from netdeconv.functional.sampling import Sample, corner_patches, spread_patches
-from netdeconv.functional.scale import channel_variance, scale_of
+from netdeconv.functional.scale import channel_variance, scale_of, varies, what_varies
 from netdeconv.functional.step import Geometry, Slope, scale_and_slope, whitened_convolution
 
 __all__ = [
@@ -29,5 +30,8 @@ __all__ = [
     "scale_and_slope",
     "scale_of",
     "spread_patches",
+    "varies",
+    "what_varies",
     "whitened_convolution",
+    "whitened_linear",
 ]

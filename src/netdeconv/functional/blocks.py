@@ -197,6 +197,10 @@ class Blocks:
         """A number of every channel as ``(groups, group_features)``, the same for all taps."""
         return value.unsqueeze(-1).expand(-1, self.taps).reshape(self.groups, self.group_features)
 
+    def sum_of_channels(self, rows: Tensor) -> Tensor:
+        """``(groups, rows, group_features)`` summed over rows and taps, ``(channels,)``."""
+        return rows.reshape(self.groups, -1, self.channels // self.groups, self.taps).sum((1, 3)).flatten()
+
     def times_channels(self, rows: Tensor, value: Tensor, *, in_place: bool = False) -> Tensor:
         """``(groups, rows, group_features)`` times a number of every channel."""
         parts = rows.reshape(self.groups, -1, self.channels // self.groups, self.taps)

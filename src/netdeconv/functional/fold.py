@@ -8,7 +8,7 @@ import torch
 from torch.autograd.function import Function
 
 from netdeconv.functional.onlookers import watched
-from netdeconv.functional.precision import without_autocast
+from netdeconv.functional.precision import as_dtype, at_least_float32, without_autocast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,27 +39,34 @@ def fold(
 
     Source: Ye et al. 2020, section 3.4 (implicit deconvolution).
     """
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+    dtype = at_least_float32(weight.dtype)
     with without_autocast(weight.device.type):
-        exact_weight, exact_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        spread, exact_roots = blocks.spread_mean(mean.to(dtype)), [root.to(dtype) for root in roots]
-        exact_scale = None if scale is None else scale.to(dtype)
+        exact_weight, exact_bias = as_dtype(weight, dtype), None if bias is None else as_dtype(bias, dtype)
+        spread, exact_roots = blocks.spread_mean(as_dtype(mean, dtype)), [as_dtype(root, dtype) for root in roots]
+        exact_scale = None if scale is None else as_dtype(scale, dtype)
         recorded = [exact_weight, *exact_roots, *(() if exact_scale is None else (exact_scale,))]
         fold_in = _Fold.apply if _recorded(*recorded) and not watched() else _plain_fold
         folded, shifted = fold_in(blocks, exact_weight, exact_bias, spread, exact_scale, *exact_roots)
-    return folded.to(weight.dtype), shifted.to(weight.dtype)
+    return as_dtype(folded, weight.dtype), as_dtype(shifted, weight.dtype)
 
 
 def _plain_fold(
     blocks: Blocks, weight: Tensor, bias: Tensor | None, mean: Tensor, scale: Tensor | None, *roots: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``(w, b) -> (S D w, b - mean S D w)`` for every group, in operators that anything can look through."""
+    same = torch.is_grad_enabled() or torch.jit.is_tracing()  # a trace is checked against one without gradient
     folded = times_roots(weight.reshape(blocks.groups, -1, blocks.group_features), roots, blocks)
     if scale is not None:
-        same = torch.is_grad_enabled() or torch.jit.is_tracing()  # a trace is checked against one without gradient
         folded = blocks.times_channels(folded, scale, in_place=not same)
-    shift = torch.bmm(folded, mean.unsqueeze(-1)).flatten()  # `@` has more operators around it
-    return folded.reshape(weight.shape), -shift if bias is None else bias - shift
+    if blocks.groups == 1:
+        rows, about = folded[0], mean[0]
+        shifted = torch.mv(rows, -about) if bias is None else torch.addmv(bias, rows, about, alpha=-1)
+    elif bias is None:
+        shifted = torch.bmm(folded, -mean.unsqueeze(-1)).flatten()  # `@` has more operators around it
+    else:
+        each = bias.reshape(blocks.groups, -1, 1)
+        shifted = torch.baddbmm(each, folded, mean.unsqueeze(-1), alpha=-1).flatten()
+    return folded.reshape(weight.shape), shifted
 
 
 def _recorded(*tensors: Tensor) -> bool:
@@ -120,8 +127,7 @@ class _Fold(Function):
         if scale is not None:
             total = torch.addcmul(grad_rows, grad_shift, mean.unsqueeze(1))
             if for_scale:
-                of_features = (total * folded).sum(1).reshape(-1, blocks.taps).sum(1)
-                grad_scale = of_features / scale
+                grad_scale = blocks.sum_of_channels(total * folded) / scale
             total = blocks.times_channels(total, scale)
         grad_roots: list[Tensor | None] = [None] * len(roots)
         if any(for_roots):
@@ -148,7 +154,8 @@ def times_roots(grouped: Tensor, roots: Sequence[Tensor], blocks: Blocks) -> Ten
 
 
 def _times_root(part: Tensor, root: Tensor) -> Tensor:
-    return (_rows(part, root) @ root).reshape(part.shape)
+    rows = _rows(part, root)
+    return (torch.mm(rows, root) if root.dim() == 2 else rows @ root).reshape(part.shape)
 
 
 def _rows(part: Tensor, root: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from netdeconv.functional.precision import without_autocast
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["SOLVERS", "chosen_solver", "inverse_sqrt"]
+__all__ = ["SOLVERS", "chosen_solver", "inverse_sqrt", "solves_by_chebyshev"]
 
 SOLVERS = ("auto", "newton_schulz", "chebyshev", "quintic", "eigh")
 
@@ -103,6 +103,11 @@ def chosen_solver(solver: str, num_iters: int) -> str:
                 "Use solver='auto' for any number of steps."
             )
     return solver
+
+
+def solves_by_chebyshev(solver: str, num_iters: int | None) -> bool:
+    """Whether these settings mean the polynomial of ``"chebyshev"``."""
+    return num_iters in CHEBYSHEV and chosen_solver(solver, num_iters) == "chebyshev"
 
 
 def iterated(a: Tensor, eye: Tensor, num_iters: int, solver: str) -> Tensor:

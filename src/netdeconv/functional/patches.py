@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from netdeconv.functional.constants import cached_constant
-from netdeconv.functional.precision import without_autocast
+from netdeconv.functional.precision import at_least_float32, without_autocast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -109,7 +109,7 @@ def mean_patch(x: Tensor, window: Window) -> Tensor:
 
     Shapes: x ``(N, C, *spatial)`` -> ``(C * taps,)``, in float32 at least, also under autocast.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = at_least_float32(x.dtype)
     size, channels = x.shape[2:], x.shape[1]
     if window.sees_all_once:
         return x.mean((0, *range(2, x.dim())), dtype=dtype)
@@ -118,8 +118,8 @@ def mean_patch(x: Tensor, window: Window) -> Tensor:
     mean = (x.movedim(1, -1) if channels_last else x).mean(0, dtype=dtype)
     with without_autocast(x.device.type):
         if window.taps * math.prod(size) <= _SMALL:
-            shares = _map_shares(window, tuple(size), dtype, x.device)
-            mean = shares @ mean.flatten(0, -2) if channels_last else mean.flatten(1) @ shares.mT
+            shares = _map_shares(window, tuple(size), not channels_last, dtype, x.device)
+            mean = shares @ mean.flatten(0, -2) if channels_last else mean.flatten(1) @ shares
         else:
             before, behind = 1 if channels_last else channels, mean.numel() // (1 if channels_last else channels)
             for dim, length in enumerate(size):
@@ -131,12 +131,14 @@ def mean_patch(x: Tensor, window: Window) -> Tensor:
 
 
 @cached_constant
-def _map_shares(window: Window, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _map_shares(
+    window: Window, size: tuple[int, ...], transposed: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """``(taps, positions of the map)``: :func:`_tap_shares` of all dimensions, multiplied."""
     shares = torch.ones(1, 1, dtype=dtype, device=device)
     for dim, length in enumerate(size):
         shares = torch.kron(shares, _tap_shares(window, dim, length, dtype, device))
-    return shares
+    return shares.mT if transposed else shares
 
 
 @cached_constant

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from netdeconv.functional.constants import cached_constant, caching_is_unsafe
 
-__all__ = ["CHEBYSHEV", "QUINTICS", "chebyshev", "newton_schulz", "quintics"]
+__all__ = [
+    "CHEBYSHEV",
+    "QUINTICS",
+    "chebyshev",
+    "chebyshev_gradient",
+    "chebyshev_stages",
+    "newton_schulz",
+    "quintics",
+]
 
 # For a number of Newton-Schulz steps: a polynomial in 2 a - 1 as pieces in T_0..T_(s - 1), times powers of T_s, lowest
 # first. Largest relative error of the gain over all a in (0, 1]: rounding for 1 and 2 steps, 1.6e-4 for 3, 1.9e-4 for
@@ -68,11 +76,16 @@ def chebyshev(a: Tensor, eye: Tensor, num_iters: int) -> Tensor:
 
     Paterson and Stockmeyer's scheme in the Chebyshev basis: products for T_2 to T_s, then Horner's rule in T_s.
     """
+    return chebyshev_stages(a, eye, num_iters)[1][-1]
+
+
+def chebyshev_stages(a: Tensor, eye: Tensor, num_iters: int) -> tuple[list[Tensor], list[Tensor]]:
+    """T_0 to T_s, and what Horner's rule has after each of its steps, of which the last is the root."""
     pieces = CHEBYSHEV[num_iters]
     size = len(pieces[0])
     (t1,) = _combined(((-1.0, 2.0),), (eye, a))
     if len(pieces) == 1:
-        return _sum(pieces[0], (eye, t1))
+        return [eye, t1], [_sum(pieces[0], (eye, t1))]
     basis = [eye, t1]
     for degree in range(2, size + 1):  # T_(m + n) = 2 T_m T_n - T_|m - n|
         low, high = degree // 2, degree - degree // 2
@@ -82,9 +95,51 @@ def chebyshev(a: Tensor, eye: Tensor, num_iters: int) -> Tensor:
     *lower, root = _combined(tuple(whole), tuple(terms))
     if len(whole) < len(pieces):  # a last piece that is a number needs no product
         root = torch.add(root, power, alpha=pieces[-1][0])
+    stages = [root]
     for piece in reversed(lower):
-        root = _product(1.0, root, power, 1.0, piece)
-    return root
+        stages.append(_product(1.0, stages[-1], power, 1.0, piece))
+    return basis, stages
+
+
+def chebyshev_gradient(grad: Tensor, basis: list[Tensor], stages: list[Tensor], num_iters: int) -> Tensor:
+    """The gradient of a, symmetric, from a symmetric one of the root: :func:`chebyshev_stages` backwards.
+
+    All are polynomials of the symmetric a, so that nothing but the symmetric part of any gradient counts.
+    """
+    pieces = CHEBYSHEV[num_iters]
+    size = len(pieces[0])
+    whole = [piece for piece in pieces if len(piece) == size]
+    of_basis: list[Tensor | None] = [None] * (size + 1)
+
+    def add(degree: int, value: Tensor, alpha: float) -> None:
+        before = of_basis[degree]
+        of_basis[degree] = value * alpha if before is None else torch.add(before, value, alpha=alpha)
+
+    for place, piece in enumerate(whole):
+        for degree, coefficient in enumerate(piece[1:], 1):
+            add(degree, grad, coefficient)
+        if place < len(whole) - 1:  # the stage before this one, times the power, plus the piece
+            add(size, stages[-2 - place] @ grad, 1.0)
+            grad = _symmetric(grad @ basis[size])
+    if len(whole) < len(pieces):
+        add(size, grad, pieces[-1][0])
+    for degree in range(size, 1, -1):
+        high, low = degree - degree // 2, degree // 2
+        found = of_basis[degree]
+        if found is None:
+            continue
+        found = _symmetric(found)
+        add(low, found @ basis[high], 2.0)
+        add(high, found @ basis[low], 2.0)
+        if high > low:
+            add(high - low, found, -1.0)
+    first = of_basis[1]
+    assert first is not None
+    return _symmetric(first).mul_(2)
+
+
+def _symmetric(x: Tensor) -> Tensor:
+    return (x + x.mT).mul_(0.5)
 
 
 def quintics(a: Tensor, eye: Tensor, num_iters: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["exact", "without_autocast"]
+__all__ = ["as_dtype", "at_least_float32", "exact", "without_autocast"]
 
 _WITHOUT_FLOAT64 = {"mps"}  # types of device
 
@@ -22,6 +22,16 @@ def exact(x: Tensor) -> Tensor:
     """
     here = x.cpu() if x.device.type in _WITHOUT_FLOAT64 else x
     return here.to(torch.complex128 if x.is_complex() else torch.float64)
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """In which statistics of tensors of this dtype are computed; ``torch.promote_types`` is an operator."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.promote_types(dtype, torch.float32)
+
+
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, which is an operator even where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from netdeconv.functional.precision import without_autocast
+from netdeconv.functional.constants import cached_constant
+from netdeconv.functional.onlookers import traced
+from netdeconv.functional.precision import as_dtype, at_least_float32, without_autocast
 
-__all__ = ["LEAST_SHARE", "along_channels", "channel_variance", "least_variance", "scale_of", "some_images"]
+__all__ = [
+    "LEAST_SHARE",
+    "along_channels",
+    "channel_variance",
+    "least_variance",
+    "scale_of",
+    "some_images",
+    "varies",
+    "what_varies",
+]
+
+_ROUNDING = 64  # in units of the last place: means of a million equal numbers were seen to be off by 11
 
 # Of the channels' mean variance, what every channel is taken to have at least. One that is nearly dead shows now and
 # then, and in other images than those that its variance is of: divided by its own deviation it makes training diverge.
@@ -22,13 +37,46 @@ def channel_variance(x: Tensor, *, max_rows: int | None = None) -> tuple[Tensor,
 
     Shapes: x ``(N, C, *spatial)`` -> ``(C,)``, ``(C,)``, in float32 at least, also under autocast.
     """
-    some = some_images(x, max_rows)
-    dims = [0, *range(2, x.dim())]
+    some, dims = some_images(x, max_rows), [0, *range(2, x.dim())]
+    count = some.numel() // max(1, x.shape[1])
     with without_autocast(x.device.type):
-        some = some.to(torch.promote_types(x.dtype, torch.float32))
-        mean = some.mean(dims)  # with gradient: second gradients need it, and variances joined over processes
-        var = (some - along_channels(mean, x)).square().mean(dims)
-    return mean, var, some.numel() // max(1, x.shape[1])
+        some = as_dtype(some, at_least_float32(x.dtype))
+        if traced() or not count:
+            mean = some.mean(dims)
+            return mean, (some - along_channels(mean, x)).square().mean(dims), count
+        one = _one_over(count, some.dtype, some.device)  # a number of Python's takes two operators more
+        mean = some.sum(dims) * one  # with gradient: second gradients need it, and variances joined over processes
+        centred = some - along_channels(mean, x)
+        recorded = torch.is_grad_enabled() and x.requires_grad
+        squares = centred * centred if recorded else centred.mul_(centred)
+        return mean, squares.sum(dims) * one, count
+
+
+@cached_constant
+def _one_over(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), 1 / count, dtype=dtype, device=device)
+
+
+def varies(var: Tensor, square_of_mean: Tensor) -> Tensor:
+    """Whether any of these variances is more than what rounding makes of a constant."""
+    return (var.detach() > _tolerance(var) * square_of_mean.detach()).any()
+
+
+def what_varies(var: Tensor, mean: Tensor, eps: float) -> tuple[bool, bool]:
+    """Whether all is finite and any channel :func:`varies`, and whether every one is above the least variance.
+
+    Two looks in place of a dozen operators, where looking does not mean to wait for a device. The second may be false
+    for one that is just above.
+    """
+    excess = torch.addcmul(var, mean, mean, value=-_tolerance(var))
+    lowest, highest = (float(value) for value in excess.aminmax())
+    if not 0 < highest < math.inf:
+        return False, False
+    return True, lowest >= eps and (lowest >= LEAST_SHARE * highest or lowest >= LEAST_SHARE * float(var.mean()))
+
+
+def _tolerance(var: Tensor) -> float:
+    return (_ROUNDING * torch.finfo(var.dtype).eps) ** 2
 
 
 def scale_of(var: Tensor, eps: float) -> Tensor:
@@ -48,7 +96,8 @@ def some_images(x: Tensor, max_rows: int | None) -> Tensor:
     """Every k-th image of x, a view: k such that ``max_rows`` positions are left, or as few more as can be."""
     if max_rows is None or not x.numel():
         return x
-    return x[:: max(1, x.numel() // x.shape[1] // max_rows)]
+    distance = x.numel() // x.shape[1] // max_rows
+    return x[::distance] if distance > 1 else x
 
 
 def along_channels(value: Tensor, x: Tensor) -> Tensor:

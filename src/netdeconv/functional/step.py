@@ -11,7 +11,7 @@ from torch.autograd.function import Function
 
 from netdeconv.functional.blocks import Blocks
 from netdeconv.functional.fold import fold, times_roots
-from netdeconv.functional.precision import without_autocast
+from netdeconv.functional.precision import as_dtype, without_autocast
 from netdeconv.functional.scale import (
     LEAST_SHARE,
     along_channels,
@@ -38,27 +38,35 @@ class Slope(NamedTuple):
 
     Args:
         mean: of every channel, in the images that the variances are of.
-        own: one over the number of entries that they are of, for a channel divided by its own deviation; otherwise 0.
-        common: the same, times the share of every variance, for a channel divided by the least one, of the mean.
+        own: one over the number of entries that they are of, for a channel divided by its own deviation; otherwise 0;
+            one number where it is the same for all channels.
+        common: the same, times the share of every variance, for a channel divided by the least one, of the mean;
+            ``None`` where there is no such channel.
         max_rows: as :func:`netdeconv.functional.channel_variance` got it.
         eps: the smallest variance that a channel is divided by.
     """
 
     mean: Tensor
-    own: Tensor
-    common: Tensor
+    own: Tensor | float
+    common: Tensor | None
     max_rows: int | None
     eps: float
 
-    def where(self, counts: Tensor) -> Slope:
+    def where(self, counts: Tensor | bool) -> Slope:
         """The slope, or that of a constant."""
-        return self._replace(own=self.own * counts, common=self.common * counts)
+        return self._replace(own=self.own * counts, common=None if self.common is None else self.common * counts)
 
 
 def scale_and_slope(
-    var: Tensor, mean: Tensor, count: int, *, max_rows: int | None, eps: float
+    var: Tensor, mean: Tensor, count: int, *, max_rows: int | None, eps: float, all_above: bool = False
 ) -> tuple[Tensor, Slope]:
-    """:func:`netdeconv.functional.scale_of` and its slope for what ``channel_variance`` returned, without gradient."""
+    """:func:`netdeconv.functional.scale_of` and its slope for what ``channel_variance`` returned, without gradient.
+
+    Args:
+        all_above: the caller knows that every variance is above the least one.
+    """
+    if all_above:
+        return var.rsqrt(), Slope(mean, 1 / max(1, count), None, max_rows, eps)
     least = least_variance(var, eps)
     own = (var > least).to(var.dtype) / max(1, count)
     of_mean = (least > eps).to(var.dtype) * (LEAST_SHARE / max(1, len(var)))
@@ -110,8 +118,8 @@ class _Step(Function):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with without_autocast(kind):
-            y = _convolution(x.to(dtype), folded.to(dtype), shifted.to(dtype), geometry)
-        ctx.save_for_backward(x, weight, bias, mean, scale, folded, *slope[:3], *roots)
+            y = _convolution(as_dtype(x, dtype), as_dtype(folded, dtype), as_dtype(shifted, dtype), geometry)
+        ctx.save_for_backward(x, weight, bias, mean, scale, folded, *roots)
         ctx.rest = slope, blocks, geometry, dtype
         return y
 
@@ -124,45 +132,59 @@ class _Step(Function):
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Of x, weight and bias."""
-    x, weight, _, mean, scale, folded, channel_mean, own, common, *roots = ctx.saved_tensors
+    x, weight, _, mean, scale, folded, *roots = ctx.saved_tensors
     slope, blocks, geometry, dtype = ctx.rest
     for_x, _, for_bias, *_ = ctx.needs_input_grad
     padding_of_output = [0] * len(geometry.stride)
     grad_x, grad_folded, grad_shifted = torch.ops.aten.convolution_backward(
-        grad, x.to(dtype), folded.to(dtype), [folded.shape[0]],
+        grad, as_dtype(x, dtype), as_dtype(folded, dtype), [folded.shape[0]],
         *geometry[:3], False, padding_of_output, geometry.groups, [for_x, True, True],
     )  # fmt: skip
-    rows = grad_folded.to(scale.dtype).reshape(blocks.groups, -1, blocks.group_features)
-    shifts = grad_shifted.to(scale.dtype).reshape(blocks.groups, -1, 1)
+    exact = scale.dtype
+    rows = as_dtype(grad_folded, exact).reshape(blocks.groups, -1, blocks.group_features)
+    shifts = as_dtype(grad_shifted, exact).reshape(blocks.groups, -1, 1)
     spread = blocks.spread_mean(mean).unsqueeze(1)
-    if for_x:
-        used = folded.to(scale.dtype).reshape(rows.shape)
-        of_mean = (shifts.mT @ used).mul_(spread).reshape(-1, blocks.taps).sum(1)
-        along = (_along_scale(x, grad_x, rows, used, blocks) - of_mean).mul_(scale.square())  # -2 times the variance's
-        factor = along * own + torch.dot(along, common)
-        grad_x = grad_x.to(x.dtype)
-        some, part = some_images(x, slope.max_rows), some_images(grad_x, slope.max_rows)
-        factor, offset = (along_channels(value, x).to(x.dtype) for value in (factor, factor * channel_mean))
-        part.addcmul_(some, factor, value=-1).add_(offset)
+    used = as_dtype(folded, exact).reshape(rows.shape)
+    in_x = x.numel() < rows.numel()
+    along = _along_scale_in_x(x, grad_x, shifts, spread, used, blocks) if for_x and in_x else None
     total = rows.addcmul_(shifts, spread, value=-1)  # in place, as these passes over the weights are what a step takes
+    if for_x:
+        if along is None:
+            along = blocks.sum_of_channels(total * used)
+        grad_x = as_dtype(grad_x, x.dtype)
+        _add_gradient_of_scale(x, grad_x, along.mul_(scale).mul_(scale), slope)
     grad_weight = times_roots(blocks.times_channels(total, scale, in_place=True), roots, blocks).reshape(weight.shape)
-    return grad_x, grad_weight.to(weight.dtype), grad_shifted.to(weight.dtype) if for_bias else None
+    grad_bias = as_dtype(grad_shifted, weight.dtype) if for_bias else None
+    return grad_x, as_dtype(grad_weight, weight.dtype), grad_bias
 
 
-def _along_scale(x: Tensor, grad_x: Tensor, grad_rows: Tensor, rows: Tensor, blocks: Blocks) -> Tensor:
-    """Of every channel, the gradient by the logarithm of its factor: in x, or in the weights where these are fewer."""
-    if x.numel() < rows.numel():
-        products = x.to(rows.dtype) * grad_x
-        return products.flatten(2).sum(2).sum(0) if x.dim() > 2 else products.sum(0)
-    return (grad_rows * rows).sum(1).reshape(-1, blocks.taps).sum(1)
+def _along_scale_in_x(
+    x: Tensor, grad_x: Tensor, shifts: Tensor, spread: Tensor, used: Tensor, blocks: Blocks
+) -> Tensor:
+    """Of every channel, the gradient by the logarithm of its factor, where x is smaller than the weights."""
+    products = as_dtype(x, used.dtype) * grad_x
+    of_x = products.sum((0, *range(2, x.dim())))
+    return of_x - blocks.sum_of_channels((shifts.mT @ used).mul_(spread))
+
+
+def _add_gradient_of_scale(x: Tensor, grad_x: Tensor, along: Tensor, slope: Slope) -> None:
+    """Add to the gradient of x, in place, that through the variances, of which ``along / 2`` is minus the gradient."""
+    own, common = slope.own, slope.common
+    factor, share = (along, own) if isinstance(own, float) else (along * own, 1.0)
+    if common is not None:
+        factor = factor + torch.dot(along, common)
+    some, part = some_images(x, slope.max_rows), some_images(grad_x, slope.max_rows)
+    by_image, offset = (as_dtype(along_channels(value, x), x.dtype) for value in (factor, factor * slope.mean))
+    part.addcmul_(some, by_image, value=-share).add_(offset, alpha=share)
 
 
 def _by_parts(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The same with a gradient of its own, from operators that have one."""
-    x, weight, bias, mean, scale, _, _, own, common, *roots = ctx.saved_tensors
+    x, weight, bias, mean, scale, _, *roots = ctx.saved_tensors
     slope, blocks, geometry, dtype = ctx.rest
     _, var, _ = channel_variance(x, max_rows=slope.max_rows)
-    scale = torch.where((own + common).sum() > 0, scale_of(var, slope.eps), scale)
+    depends = torch.as_tensor(slope.own, device=x.device) + (0 if slope.common is None else slope.common)
+    scale = torch.where(depends.sum() > 0, scale_of(var, slope.eps), scale)
     folded, shifted = fold(weight, bias, mean, roots, blocks, scale)
     y = _convolution(x.to(dtype), folded.to(dtype), shifted.to(dtype), geometry)
     inputs = [value for value, needed in zip((x, weight, bias), ctx.needs_input_grad, strict=False) if needed]

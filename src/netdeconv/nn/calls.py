@@ -37,7 +37,7 @@ class Call:
     mean: Tensor
     scale: Tensor | None
     roots: tuple[Tensor, ...] | None
-    counts: Tensor
+    counts: Tensor | bool
     turn: Tensor | None
     repeated: int = 0
 

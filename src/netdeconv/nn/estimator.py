@@ -92,9 +92,12 @@ class Estimator:
         """Mean and variance of every channel of x, and of how many entries they are; the variance has a gradient."""
         return channel_variance(x, max_rows=_rows_for_variance(x))
 
-    def scale_and_slope(self, x: Tensor, var: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Slope]:
+    def scale_and_slope(
+        self, x: Tensor, var: Tensor, mean: Tensor, count: int, *, all_above: bool
+    ) -> tuple[Tensor, Slope]:
         """The scale, and its gradient where that is computed by hand; arguments of and from :meth:`variance_of`."""
-        return scale_and_slope(var, mean, count, max_rows=_rows_for_variance(x), eps=self.config.eps)
+        limits = {"max_rows": _rows_for_variance(x), "eps": self.config.eps}
+        return scale_and_slope(var, mean, count, **limits, all_above=all_above)  # type: ignore[arg-type]
 
     def scale_of(self, var: Tensor) -> Tensor:
         """What every channel is multiplied by; see :func:`netdeconv.functional.scale_of`."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from netdeconv.errors import ShapeError
-from netdeconv.functional import Window
+from netdeconv.functional import Window, whitened_linear
 from netdeconv.functional.onlookers import as_leaf, is_symbol
 from netdeconv.nn.layer import WhitenedLayer, check_at_least_one, check_channels, check_floating
 from netdeconv.nn.whitening import Whitening
@@ -61,7 +61,14 @@ class WhitenedLinear(WhitenedLayer, nn.Linear):
             return as_leaf(self, x)
         if not torch.jit.is_tracing():
             self._check(x)
-        weight, bias = self.whitened_parameters(x.reshape(-1, self.in_features))
+        rows, whitening = x.reshape(-1, self.in_features), self.whitening
+        if whitening.takes_own_root(rows):
+            eps, num_iters = whitening.config.eps, whitening.config.num_iters
+            assert num_iters is not None
+            y, *found = whitened_linear(rows, self.weight, self.bias, eps=eps, num_iters=num_iters)
+            if whitening.took(*found):
+                return y.reshape(*x.shape[:-1], self.out_features)
+        weight, bias = self.whitened_parameters(rows)
         return F.linear(x, weight, bias)
 
     def _check(self, x: Tensor) -> None:

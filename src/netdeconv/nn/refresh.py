@@ -9,22 +9,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from netdeconv.functional import Moments
+from netdeconv.config import WhiteningConfig
+from netdeconv.functional import Moments, varies
 from netdeconv.functional.constants import without_caching
-from netdeconv.nn.averages import blended, blended_root, refresh_weight, update_weight
+from netdeconv.nn.averages import Count, blended, blended_root, refresh_weight, update_weight
 from netdeconv.nn.estimator import Estimator
 
-__all__ = ["Counters", "Refreshed", "all_finite", "opaque_refresh", "refreshed", "usable", "varies"]
-
-_ROUNDING = 64  # in units of the last place: means of a million equal numbers were seen to be off by 11
-
+__all__ = ["Counters", "Refreshed", "all_finite", "averaged_roots", "chosen", "opaque_refresh", "refreshed", "usable"]
 
 class Counters(NamedTuple):
-    """What a whitening counts, 0-dim tensors; see :class:`netdeconv.nn.Whitening`."""
+    """What a whitening counts: 0-dim tensors or, where they have been looked at, numbers; see
+    :class:`netdeconv.nn.Whitening`."""
 
-    num_steps: Tensor
-    last_update: Tensor
-    num_updates: Tensor
+    num_steps: Count
+    last_update: Count
+    num_updates: Count
 
 
 class Refreshed(NamedTuple):
@@ -32,19 +31,22 @@ class Refreshed(NamedTuple):
 
     roots: list[Tensor]
     averages: list[Tensor]
-    counts: Tensor
+    counts: Tensor | bool
 
 
-def all_finite(values: Sequence[Tensor]) -> Tensor:
-    """Whether there is no NaN and nothing infinite among them; isfinite takes torch far longer on a CPU."""
-    largest = [value.detach().abs().amax() for value in values]
+def all_finite(values: Sequence[Tensor], *, look: bool = False) -> Tensor | bool:
+    """Whether there is no NaN and nothing infinite among them, nor a sum out of range; a plain bool with ``look``."""
+    if look:
+        return all(math.isfinite(value.detach().sum()) for value in values)
+    largest = [value.detach().abs().amax() for value in values]  # isfinite takes torch far longer on a CPU
     return (largest[0] if len(largest) == 1 else torch.stack(largest).amax()) < math.inf
 
 
-def varies(var: Tensor, square_of_mean: Tensor) -> Tensor:
-    """Whether any of these variances is more than what rounding makes of a constant."""
-    tolerance = (_ROUNDING * torch.finfo(var.dtype).eps) ** 2
-    return (var.detach() > tolerance * square_of_mean.detach()).any()
+def chosen(counts: Tensor | bool, new: Tensor, old: Tensor) -> Tensor:
+    """What is new where it counts, and otherwise a copy of what is old."""
+    if isinstance(counts, bool):
+        return new if counts else old.to(new.dtype, copy=True)
+    return torch.where(counts, new, old.to(new.dtype))
 
 
 def usable(estimator: Estimator, moments: Moments) -> Tensor | bool:
@@ -76,7 +78,7 @@ def refreshed(
     running: Sequence[Tensor],
     averages: Sequence[Tensor],
     counters: Counters,
-    counts: Tensor,
+    counts: Tensor | bool,
 ) -> Refreshed:
     """The roots of this step, from what a batch says and what is remembered.
 
@@ -86,26 +88,34 @@ def refreshed(
         running: the running roots, which stand in for what cannot be used.
         averages: what is averaged, running covariances or running roots.
         counters: as they are before this step.
-        counts: whether the rest of what the batch says can be used.
+        counts: whether the rest of what the batch says can be used; a plain bool where that may be looked at, and then
+            the result is one, too.
     """
     config = estimator.config
     by_covariance = config.average == "covariance"
-    covs = list(moments.covs)
+    look, covs = isinstance(counts, bool), list(moments.covs)
     counts = counts & usable(estimator, moments)
     if by_covariance:
         share = refresh_weight(config, covs[0].dtype, counters.num_updates)
         covs = [blended(old, cov, share) for old, cov in zip(averages, covs, strict=True)]
     found = [estimator.root_of(cov) for cov in covs]
-    counts = counts & all_finite(found)
-    roots = [torch.where(counts, root, old.to(root.dtype)) for root, old in zip(found, running, strict=True)]
+    counts = counts & all_finite(found, look=look)
+    counts = bool(counts) if look else counts
+    roots = [chosen(counts, root, old) for root, old in zip(found, running, strict=True)]
     if by_covariance:
-        kept = [torch.where(counts, cov, old.to(cov.dtype)) for cov, old in zip(covs, averages, strict=True)]
+        kept = [chosen(counts, cov, old) for cov, old in zip(covs, averages, strict=True)]
         return Refreshed(roots, kept, counts)
-    detached = [root.detach() for root in roots]
+    return Refreshed(roots, averaged_roots(config, roots, averages, counters), counts)
+
+
+def averaged_roots(
+    config: WhiteningConfig, roots: Sequence[Tensor], averages: Sequence[Tensor], counters: Counters
+) -> list[Tensor]:
+    """The running roots with those of this step blended in."""
     waited, updates = counters.num_steps + 1 - counters.last_update, counters.num_updates + 1
     share = update_weight(config, roots[0].dtype, waited, updates, counters.num_steps + 1, counters.num_updates)
     blend = blended_root if config.debias else blended
-    return Refreshed(roots, [blend(old, root, share) for old, root in zip(averages, detached, strict=True)], counts)
+    return [blend(old, root.detach(), share) for old, root in zip(averages, roots, strict=True)]
 
 
 def opaque_refresh(
@@ -142,8 +152,9 @@ def _refresh(
     with without_caching():
         moments = estimator.sample_moments(x, num_updates, scale, factored=True)
         counters = Counters(num_steps, last_update, num_updates)
-        roots, new, counts = refreshed(estimator, moments, running, averages, counters, counts)
-    return [*roots, *new, counts]
+        roots, new, counted = refreshed(estimator, moments, running, averages, counters, counts)
+    assert isinstance(counted, Tensor)
+    return [*roots, *new, counted]
 
 
 def _shapes(x: Tensor, scale: Tensor | None, running: list[Tensor], *_: Any) -> list[Tensor]:

@@ -15,7 +15,7 @@ from netdeconv.functional import Blocks, Slope, Window
 from netdeconv.functional.onlookers import traced
 from netdeconv.nn.averages import blend, update_share, update_weight
 from netdeconv.nn.estimator import Estimator
-from netdeconv.nn.refresh import Counters
+from netdeconv.nn.refresh import Counters, chosen
 from netdeconv.nn.schedule import Clock
 
 __all__ = ["Batch", "RunningStatistics", "Statistics", "kept"]
@@ -32,13 +32,16 @@ class Statistics(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a batch says of mean and variance, how its scale depends on it, and whether it says anything."""
+    """What a batch says of mean and variance, how its scale depends on it, and whether it says anything.
+
+    That is a plain bool where it has been looked at, which on a CPU does not mean to wait.
+    """
 
     mean: Tensor
     var: Tensor | None
     scale: Tensor | None
     slope: Slope | None
-    counts: Tensor
+    counts: Tensor | bool
 
 
 class RunningStatistics(nn.Module):
@@ -152,34 +155,38 @@ class RunningStatistics(nn.Module):
     def _remember(self, batch: Batch, due: bool) -> None:
         """Blend mean and variance into the running ones; where they do not count, they are those already."""
         mean, var, *_, counts = batch
-        counters = self._counters()
         if due or traced() or not self._clock.updated:
-            steps = counters.num_steps + 1
-            part = update_weight(self.config, mean.dtype, torch.ones_like(steps), steps, steps, counters.num_updates)
+            counters = self._counters(look=isinstance(counts, bool))
+            steps, one = counters.num_steps + 1, counters.num_steps * 0 + 1
+            part = update_weight(self.config, mean.dtype, one, steps, steps, counters.num_updates)
         else:  # nobody has to ask the device
             part = update_share(self.config, 1, self._clock.steps + 1, self._clock.steps + 1)
-        blend(self.running_mean, mean.detach(), part)
+        blend(self.running_mean, constant(mean), part)
         if self.running_var is not None and var is not None:
             most = torch.finfo(self.running_var.dtype).max  # of half precision, where the input's square may be more
-            blend(self.running_var, var.detach().clamp(max=most) if most < 1e30 else var.detach(), part)
-        if traced() or counts.device.type != "cpu":  # where to look would mean to wait
+            blend(self.running_var, constant(var).clamp(max=most) if most < 1e30 else constant(var), part)
+        if isinstance(counts, Tensor):  # to look would mean to wait
             self.num_skipped.add_(~counts)
         elif not counts:
             self.num_skipped.add_(1)
             self._report_skipped()
 
-    def _remember_roots(self, roots: Sequence[Tensor], averages: Sequence[Tensor], counts: Tensor) -> None:
+    def _remember_roots(self, roots: Sequence[Tensor], averages: Sequence[Tensor], counts: Tensor | bool) -> None:
         """Keep the averages, and the roots of this step as the last ones, where they count."""
+        if counts is False:
+            return
         for running, average in zip(self._averages(), averages, strict=True):
             running.copy_(average)
         if "running_cov" in self._kinds or "last_root" in self._kinds:
             for last, root in zip(self._last_roots(), roots, strict=True):
-                last.copy_(torch.where(counts, root.detach().to(last.dtype), last))
-        self.last_update.copy_(torch.where(counts, self.num_steps + 1, self.last_update))
+                last.copy_(chosen(counts, root.detach().to(last.dtype), last))
+        self.last_update.copy_(chosen(counts, self.num_steps + 1, self.last_update))
         self.num_updates.add_(counts)
 
-    def _counters(self) -> Counters:
-        return Counters(self.num_steps, self.last_update, self.num_updates)
+    def _counters(self, *, look: bool = False) -> Counters:
+        """The counters, as numbers with ``look``."""
+        found = self.num_steps, self.last_update, self.num_updates
+        return Counters(*map(int, found)) if look else Counters(*found)
 
     def _warn_of_identity(self) -> None:
         """Say once that nothing has been gathered: by the values, as not everybody who writes them counts."""
@@ -261,6 +268,11 @@ class RunningStatistics(nn.Module):
 def _identity_like(matrices: Tensor) -> Tensor:
     eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     return eye.expand_as(matrices)
+
+
+def constant(value: Tensor) -> Tensor:
+    """The value without its gradient, if it has one."""
+    return value.detach() if value.requires_grad else value
 
 
 def kept(value: Tensor) -> Tensor:

@@ -71,8 +71,8 @@ def check_not_joining(label: str) -> None:
     if join is not None and join.enable and not join.throw_on_early_termination:
         raise StatisticsError(
             f"{label}: expected all processes to take part in every step, got DistributedDataParallel.join(), which "
-            "lets one run out of inputs. Pass throw_on_early_termination=True to join(), as for SyncBatchNorm, or build "
-            "the layers with WhiteningConfig(sync=False)."
+            "lets one run out of inputs. Pass throw_on_early_termination=True to join(), as for SyncBatchNorm, or "
+            "build the layers with WhiteningConfig(sync=False)."
         )
 
 

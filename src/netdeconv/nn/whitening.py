@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from netdeconv.config import WhiteningConfig
 from netdeconv.errors import StatisticsError
-from netdeconv.functional import Moments, Window
+from netdeconv.functional import Window, what_varies
+from netdeconv.functional.isqrt import solves_by_chebyshev
 from netdeconv.functional.onlookers import batched, traced
+from netdeconv.functional.precision import at_least_float32
+from netdeconv.nn.batch import BatchStatistics
 from netdeconv.nn.calls import Call, Calls, in_backward, may_be_repeated
 from netdeconv.nn.estimator import Estimator
-from netdeconv.nn.refresh import all_finite, opaque_refresh, refreshed, varies
-from netdeconv.nn.running import Batch, RunningStatistics, Statistics, kept
-from netdeconv.nn.sync import (
-    Place,
-    Share,
-    check_not_joining,
-    check_same_mode,
-    distributed,
-    joined_moments,
-    share_of_channels,
-)
+from netdeconv.nn.refresh import Counters, all_finite, averaged_roots, opaque_refresh, refreshed
+from netdeconv.nn.running import Batch, Statistics, kept
+from netdeconv.nn.sync import Place, check_not_joining, check_same_mode
 
 __all__ = ["Statistics", "Whitening"]
 
 
-class Whitening(RunningStatistics):
+class Whitening(BatchStatistics):
     """Mean, scale and inverse root of the covariance of the patches that a layer looks at.
 
     ``forward(x)`` returns what the layer folds into its weights. In training, mean and scale are those of the batch, at
@@ -87,10 +82,8 @@ class Whitening(RunningStatistics):
         estimator = Estimator(channels, window, groups, WhiteningConfig() if config is None else config, kind)
         super().__init__(estimator, label, device=device, dtype=dtype)
         self.frozen = False
-        self.process_group: Any = None
         self._calls = Calls()
         self._agreed = False
-        self._place: Place | None = None
         mode = torch.ones((), dtype=torch.int64, device=device)
         self.register_buffer("gathers", mode, persistent=False)  # DistributedDataParallel brings that of rank 0
         self.reset_statistics()
@@ -147,9 +140,38 @@ class Whitening(RunningStatistics):
             self._clock.advance_in_graph()
             self.num_steps.add_(1)
         else:
-            self.num_steps.add_(1)
-            self._clock.advance(self.num_steps)
+            self._count()
         return found
+
+    def _count(self) -> None:
+        self.num_steps.add_(1)
+        self._clock.advance(self.num_steps)
+
+    def takes_own_root(self, x: Tensor) -> bool:
+        """Whether a step on the rows x is :func:`netdeconv.functional.whitened_linear`, if they have statistics."""
+        config = self.config
+        own = self.estimator.kind == "linear" and config.update_every == 1 and config.differentiable and config.debias
+        if not (own and self._gathering() and self.blocks.single and torch.is_grad_enabled()) or traced():
+            return False
+        if config.scale or config.sampling == "corner" or not solves_by_chebyshev(config.solver, config.num_iters):
+            return False
+        rows, features = x.shape
+        all_rows = features < 4 * rows and rows > 1 and (config.max_samples is None or rows <= config.max_samples)
+        plain = x.device.type == "cpu" and x.dtype == self.running_mean.dtype == at_least_float32(x.dtype)
+        alone = not (self._shared() or torch.is_autocast_enabled("cpu") or in_backward() or may_be_repeated())
+        return all_rows and plain and alone
+
+    def took(self, mean: Tensor, cov: Tensor, root: Tensor) -> bool:
+        """Remember a step that :meth:`takes_own_root`; false where its rows have no statistics, and nothing is done."""
+        var = cov.diagonal()
+        if not (all_finite((mean, root), look=True) and what_varies(var, mean, self.config.eps)[0]):
+            return False
+        self._clock.follow(self.num_steps, self.num_updates)
+        averages = averaged_roots(self.config, [root], self._averages(), self._counters(look=True))
+        self._remember(Batch(mean, None, None, None, True), due=True)
+        self._remember_roots([root], averages, True)
+        self._count()
+        return True
 
     def look_through(self, window: Window) -> None:
         """Look at the input through another window of the same size from now on."""
@@ -170,10 +192,6 @@ class Whitening(RunningStatistics):
     def scales_alone(self) -> bool:
         """Whether a step now has one gradient through the statistics, that of the scale, and in this process only."""
         return self._gathering() and bool(self.config.scale) and not (self.config.differentiable or self._shared())
-
-    def _shared(self) -> bool:
-        """Whether statistics are gathered over several processes."""
-        return self.config.sync and distributed(self.process_group)
 
     def _gathering(self) -> bool:
         return self.training and not self.frozen
@@ -208,69 +226,13 @@ class Whitening(RunningStatistics):
             self._warn_of_identity()
         return self._running(self._matrices("running_root"))
 
-    def _of_batch(self, x: Tensor, by_hand: bool = False) -> Batch:
-        """What one batch says, whether that counts or not."""
-        return self._of_batch_and_sample(x, None, by_hand)[0]
-
-    def _of_batch_and_sample(self, x: Tensor, sample: Moments | None, by_hand: bool) -> tuple[Batch, Moments | None]:
-        """:meth:`_of_batch`, and the moments of a sample, which those of other processes join in the same call."""
-        moments = self.estimator.mean_of(x if self.config.differentiable else x.detach())
-        channels = None if self.running_var is None else self.estimator.variance_of(x.detach() if by_hand else x)
-        if self._shared():
-            moments, sample, channels = self._joined(moments, sample, channels)
-        several = (moments.total > 1) | (not self.config.debias)  # of a single row, the mean is all there is
-        if channels is None:
-            return Batch(moments.mean, None, None, None, _both(all_finite((moments.mean,)), several)), sample
-        channel_mean, var, count = channels
-        counts = _both(all_finite((moments.mean, var)) & varies(var, channel_mean.square()), several)
-        slope = None
-        if by_hand:
-            scale, slope = self.estimator.scale_and_slope(x, var, channel_mean, count)
-        else:
-            scale = self.estimator.scale_of(var)
-        return Batch(moments.mean, var, scale, slope, counts), sample
-
-    def _joined(
-        self, moments: Moments, sample: Moments | None, channels: tuple[Tensor, Tensor, int] | None
-    ) -> tuple[Moments, Moments | None, tuple[Tensor, Tensor, int] | None]:
-        """The same over the shares of all processes."""
-        about = self.running_mean
-        shares = [Share(each, self.blocks, about) for each in (moments, sample) if each is not None]
-        if channels is not None:
-            of_channels = self.blocks.spread_mean(about).reshape(-1, self.blocks.taps).mean(1)
-            shares.append(share_of_channels(*channels, of_channels))
-        moments, *rest = joined_moments(shares, self.process_group, self._place)
-        if channels is not None:
-            mean, (var,), count, _ = rest.pop()
-            channels = mean, var.flatten(), count
-        if not self.config.differentiable:  # that of the variance has come along
-            moments = moments._replace(mean=moments.mean.detach())
-        return moments, rest[0] if rest else None, channels
-
-    def _or_running(self, batch: Batch) -> Batch:
-        """The batch, or the running values where it does not count."""
-        scale = None if self.running_var is None else self.estimator.scale_of(self.running_var)
-        return self._or_else(batch, self.running_mean, self.running_var, scale)
-
-    @staticmethod
-    def _or_else(batch: Batch, mean: Tensor, var: Tensor | None, scale: Tensor | None) -> Batch:
-        """The batch, or these constants where it does not count."""
-        counts = batch.counts
-        if counts.device.type == "cpu" and not traced() and counts:  # elsewhere, to look would mean to wait
-            return batch
-        chosen = [
-            new if new is None or old is None else torch.where(counts, new, old.to(new.dtype))
-            for new, old in ((batch.mean, mean), (batch.var, var), (batch.scale, scale))
-        ]
-        assert chosen[0] is not None
-        return Batch(chosen[0], chosen[1], chosen[2], batch.slope and batch.slope.where(counts), counts)
-
     def _statistics(self, batch: Batch, roots: Sequence[Tensor]) -> Statistics:
         return Statistics(batch.mean, tuple(roots), batch.scale, batch.slope)
 
     def _ordinary(self, x: Tensor, by_hand: bool) -> Statistics:
         """Mean and scale of this batch, root of the last refresh."""
-        batch = self._or_running(self._of_batch(x, by_hand))
+        with torch.no_grad() if by_hand else contextlib.nullcontext():
+            batch = self._or_running(self._of_batch(x, by_hand))
         self._remember(batch, due=False)
         statistics = self._statistics(batch, [kept(root) for root in self._last_roots()])
         self._record(x, statistics, batch.counts, due=False)
@@ -280,7 +242,8 @@ class Whitening(RunningStatistics):
         """Mean, scale and root of this batch, or the running ones where they cannot be used."""
         batch, moments = self._of_batch_to_refresh(x, self.num_updates, by_hand)
         running, averages = self._matrices("running_root"), self._averages()
-        roots, new, counts = refreshed(self.estimator, moments, running, averages, self._counters(), batch.counts)
+        counters = self._counters_for(batch)
+        roots, new, counts = refreshed(self.estimator, moments, running, averages, counters, batch.counts)
         batch = self._or_running(batch._replace(counts=counts))
         statistics = self._statistics(batch, roots)
         self._record(x, statistics, counts, due=True)
@@ -288,12 +251,16 @@ class Whitening(RunningStatistics):
         self._remember_roots(roots, new, counts)
         return statistics
 
-    def _record(self, x: Tensor, found: Statistics, counts: Tensor, *, due: bool) -> None:
+    def _counters_for(self, batch: Batch) -> Counters:
+        """Numbers where the batch has been looked at, too."""
+        return self._counters(look=isinstance(batch.counts, bool))
+
+    def _record(self, x: Tensor, found: Statistics, counts: Tensor | bool, *, due: bool) -> None:
         """Keep what activation checkpointing will ask for again."""
         if traced() or not may_be_repeated():
             return
         through_root = due and bool(self.config.differentiable)
-        known = through_root and (counts.device.type != "cpu" or bool(counts))
+        known = through_root and counts is not False
         key, scale = self.estimator.mean_of(x.detach()).mean, None if found.scale is None else found.scale.detach()
         turn = self.num_updates.clone() if due else None
         call = Call(key, found.mean.detach(), scale, None if known else found.roots, counts, turn)
@@ -311,40 +278,20 @@ class Whitening(RunningStatistics):
             batch, moments = self._of_batch_to_refresh(x, call.turn, by_hand)
             if self.config.differentiable:
                 before, averages = self._matrices("running_root") if roots is None else roots, self._averages()
-                roots = refreshed(self.estimator, moments, before, averages, self._counters(), batch.counts).roots
+                counters = self._counters_for(batch)
+                roots = refreshed(self.estimator, moments, before, averages, counters, batch.counts).roots
         else:
             batch = self._of_batch(x, by_hand)
         assert roots is not None
         batch = self._or_else(batch._replace(counts=call.counts), call.mean, batch.var, call.scale)
         return self._statistics(batch, roots)
 
-    def _of_batch_to_refresh(self, x: Tensor, turn: Tensor, by_hand: bool) -> tuple[Batch, Moments]:
-        """:meth:`_of_batch`, and the moments of a sample of scaled channels."""
-        differentiable, factored = self.config.differentiable, not self._shared()
-        seen = x if differentiable else x.detach()
-        if self.running_var is None:
-            scale, sample = None, self.estimator.sample_moments(seen, turn, factored=factored)
-            batch, joined = self._of_batch_and_sample(x, sample, by_hand)
-            assert joined is not None
-            sample = joined
-        else:
-            batch = self._of_batch(x, by_hand)
-            assert batch.scale is not None
-            scale = batch.scale if differentiable else batch.scale.detach()
-            sample = self.estimator.sample_moments(seen, turn, scale, factored=factored)
-            if self._shared():
-                about = self.running_mean.to(scale.dtype) * self.blocks.of_channels(scale.detach()).flatten()
-                (sample,) = joined_moments([Share(sample, self.blocks, about)], self.process_group, self._place)
-        if self.config.sampling == "corner":  # as published, the mean is the sample's
-            mean = sample.mean if scale is None else sample.mean / self.blocks.of_channels(scale).flatten()
-            batch = batch._replace(mean=mean, counts=batch.counts & all_finite((mean,)))
-        return batch, sample
-
     def _opaque_refresh(self, x: Tensor) -> Statistics:
         """:meth:`_refresh` for a compiler that does not have to look inside."""
         batch = self._or_running(self._of_batch(x))
         scale = None if batch.scale is None else batch.scale.detach()
-        state = (self._matrices("running_root"), self._averages(), self._counters(), batch.counts)
+        before = torch.as_tensor(batch.counts, device=x.device)
+        state = (self._matrices("running_root"), self._averages(), self._counters(), before)
         roots, new, counts = opaque_refresh(self.estimator, x.detach(), scale, *state)
         batch = self._or_running(batch._replace(counts=counts))
         self._remember(batch, due=True)
@@ -374,9 +321,3 @@ class Whitening(RunningStatistics):
         changed = [f"{name}={value!r}" for name, value in vars(self.config).items() if value != getattr(default, name)]
         kernel = "x".join(map(str, self.window.kernel_size)) or "linear"
         return ", ".join([f"{self.blocks.channels}", kernel, *changed])
-
-
-def _both(counts: Tensor, several: Tensor | bool) -> Tensor:
-    if isinstance(several, Tensor):
-        return counts & several
-    return counts if several else torch.zeros_like(counts)
