@@ -24,8 +24,9 @@ from netdeconv.lab.training.recipes import recipe_path, recipes
 if TYPE_CHECKING:
     from netdeconv.lab.training.command_line import TrainingCLI
 
-__all__ = ["parsed", "run", "run_recipes"]
+__all__ = ["DIVERGED", "parsed", "run", "run_recipes"]
 
+DIVERGED = 1  # exit code of a training whose loss is not finite at the end
 _TERMINATED = 128 + signal.SIGTERM
 
 # What Lightning says of runs that go on in their folder, of short epochs, of epochs without evaluation, and of machines
@@ -51,7 +52,7 @@ _OF_SETTINGS = {
 
 
 def run(command: str, arguments: Sequence[str]) -> int:
-    """Train or evaluate; the exit code.
+    """Train or evaluate; the exit code: 0, ``DIVERGED``, or 143 after SIGTERM.
 
     Args:
         command: ``"fit"``, ``"validate"`` or ``"test"``.
@@ -82,6 +83,10 @@ def run(command: str, arguments: Sequence[str]) -> int:
             if (advice := _advice(error)) is None:
                 raise
             raise ConfigError(f"{str(error).rstrip('.')}. {advice}".strip()) from error
+        except BrokenPipeError:
+            if command == "fit":
+                print(f"netdeconv fit: nobody reads the output any more. {_goes_on(cli)}", file=sys.stderr)
+            raise
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -186,6 +191,7 @@ def _check_optimizer(name: str) -> None:
 
 
 def _fit(cli: TrainingCLI) -> int:
+    from netdeconv.lab.training.output import diverged, ending
     from netdeconv.lab.training.signature import check_checkpoint
 
     checkpoint = find_checkpoint(cli.out, cli.ckpt_path, order=("last",))
@@ -204,14 +210,26 @@ def _fit(cli: TrainingCLI) -> int:
                 processes=trainer.world_size,
             )
     if trainer.is_global_zero:
-        about = f"{cli.about['network']}, norm {cli.about['norm']}, {parameters / 1e6:.2f} M parameters"
+        about = f"{cli.about['network']}, norm {cli.about['norm']}, {parameters:,} parameters"
         begun = "" if checkpoint is None else f", going on from {checkpoint}"
         print(f"{cli.out}: {about}, {cli.config.data['name']}{begun}", flush=True)
     trainer.fit(module, datamodule=cli.datamodule, ckpt_path=_path(checkpoint), weights_only=True)
-    if trainer.is_global_zero and trainer.global_step == (done or 0):
-        before = "" if done is None else f"finished before, after {trainer.current_epoch} epochs; "
-        print(f"{cli.out}: {before}nothing was done")
-    return 0
+    if trainer.is_global_zero:
+        if trainer.global_step == (done or 0):
+            before = "" if done is None else f"finished before, after {trainer.current_epoch} epochs; "
+            print(f"{cli.out}: {before}nothing was done")
+        if cli.history.rows:
+            mode = cli.config.checkpoint.mode
+            print(ending(trainer, cli.history.rows, monitor=cli.monitor, mode=mode, folder=cli.out))
+    if (epoch := diverged(cli.history.rows)) is None:
+        return 0
+    if trainer.is_global_zero:
+        print(
+            f"netdeconv fit: the training loss is not finite from epoch {epoch} on: the run diverged. "
+            "Try a lower --optimizer.lr, and another --out",
+            file=sys.stderr,
+        )
+    return DIVERGED
 
 
 def _evaluate(cli: TrainingCLI, command: str) -> int:
