@@ -157,7 +157,7 @@ def test_help_shows_the_options(capsys: pytest.CaptureFixture[str]) -> None:
         (["--config=digts"], "there is no recipe digts. The nearest name is digits"),
         (["--config=nowhere/x.yaml"], "there is no file nowhere/x.yaml"),
         (["--config=digits", "--data=digit"], "there is no digit. The nearest name is digits"),
-        (["--config=digits", "--network=vgg12"], "got 'vgg12'. The nearest name is vgg1"),
+        (["--config=digits", "--network=vgg12"], "--network: there is no vgg12. The nearest name is vgg1"),
         (["--config=digits", "--norm=nd-papr"], "there is no nd-papr. The nearest name is nd-paper"),
         (["--config=digits", "--optimizer=SDG"], "torch.optim has no SDG. The nearest name is SGD"),
         (["--config=digits", "--optimizer.lrr=1"], "--optimizer.lrr: there is no such option"),

@@ -94,7 +94,7 @@ def _main(given: Sequence[str]) -> int:
             description=command.help,
             allow_abbrev=False,
         )
-        if command.add_arguments is not None:
+        if command.add_arguments is not None and command.name in given:  # others would cost their imports
             command.add_arguments(sub)
         sub.set_defaults(command=command)
     try:

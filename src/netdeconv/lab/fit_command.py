@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import re
 import signal
 import sys
@@ -13,13 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from netdeconv import ConfigError, ShapeError
-from netdeconv.lab.names import nearest
-from netdeconv.lab.training.folder import CONFIG, check_same_settings, find_checkpoint, note_start, write_config
+from netdeconv.lab.saved import content_of, place
+from netdeconv.lab.training.arguments import full_arguments
+from netdeconv.lab.training.folder import check_same_settings, find_checkpoint, note_start, write_config
 from netdeconv.lab.training.messages import in_one_line
-from netdeconv.lab.training.recipes import recipe_path, recipes
+from netdeconv.lab.training.recipes import recipes
 
 if TYPE_CHECKING:
     from netdeconv.lab.training.command_line import TrainingCLI
@@ -62,6 +60,8 @@ def run(command: str, arguments: Sequence[str]) -> int:
         ConfigError: a mistake of the user, or a full disk.
         KeyboardInterrupt: on Ctrl-C, where Lightning would exit with code 1.
     """
+    words = full_arguments(command, arguments)
+
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -72,7 +72,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
     with quiet_lightning(diverging=True), warnings.catch_warnings():
         for message in _NOT_OURS:
             warnings.filterwarnings("ignore", message=message)
-        cli = parsed(command, arguments)
+        cli = _built(command, words)
         if cli is None:
             return 0
         try:
@@ -119,6 +119,10 @@ def parsed(command: str, arguments: Sequence[str]) -> TrainingCLI | None:
     Raises:
         ConfigError: a mistake of the user.
     """
+    return _built(command, full_arguments(command, arguments))
+
+
+def _built(command: str, words: list[str]) -> TrainingCLI | None:
     from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -127,7 +131,7 @@ def parsed(command: str, arguments: Sequence[str]) -> TrainingCLI | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # jsonargparse, of names that Lightning uses as well
-            return TrainingCLI(_with_paths(arguments), command)
+            return TrainingCLI(words, command)
     except SystemExit as stop:
         if stop.code:
             raise
@@ -138,58 +142,6 @@ def parsed(command: str, arguments: Sequence[str]) -> TrainingCLI | None:
         raise ConfigError(str(error)) from error
 
 
-def _with_paths(arguments: Sequence[str]) -> list[str]:
-    """The arguments with recipes as paths first, then the data set, which replaces another one of the recipe."""
-    configs: list[Path] = []
-    others: list[str] = []
-    out = data = None
-    waiting = iter(arguments)
-    for argument in waiting:
-        option, equals, value = argument.partition("=")
-        if option not in ("-c", "--config", "--data", "--optimizer", "--out"):
-            others.append(argument)
-            continue
-        value = value if equals else next(waiting, "")
-        if not value or value.startswith("--"):
-            raise ConfigError(f"{option}: expected a value")
-        if option in ("-c", "--config"):
-            configs.append(recipe_path(value))
-        elif option == "--data":
-            data = value
-        else:
-            others += [option, value]
-            out = value if option == "--out" else out
-        if option == "--optimizer":
-            _check_optimizer(value)
-    if not configs and out is not None and Path(out, CONFIG).is_file():
-        configs = [Path(out, CONFIG)]
-    given = [text for path in configs for text in ("--config", str(path))]
-    of_recipes = [name for name in map(_data_name, configs) if name is not None]
-    if data is not None and of_recipes[-1:] != [data]:
-        given += ["--data", json.dumps({"name": data})]
-    return given + others
-
-
-def _data_name(path: Path) -> Any:
-    """The data set that a file of settings names."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
-    data = content.get("data") if isinstance(content, dict) else None
-    return data.get("name") if isinstance(data, dict) else None
-
-
-def _check_optimizer(name: str) -> None:
-    """Refuse a plain name that is not one of torch's."""
-    from torch import optim
-
-    classes = [value for value in vars(optim).values() if isinstance(value, type)]
-    known = [one.__name__ for one in classes if issubclass(one, optim.Optimizer)]
-    if name.isidentifier() and name not in known:
-        raise ConfigError(f"--optimizer: torch.optim has no {name}. {nearest(name, known)}")
-
-
 def _fit(cli: TrainingCLI) -> int:
     from netdeconv.lab.training.output import diverged, ending
     from netdeconv.lab.training.signature import check_checkpoint
@@ -197,7 +149,9 @@ def _fit(cli: TrainingCLI) -> int:
     checkpoint = find_checkpoint(cli.out, cli.ckpt_path, order=("last",))
     trainer, module = cli.trainer, cli.model
     parameters = sum(p.numel() for p in module.net.parameters())
-    done = None if checkpoint is None else check_checkpoint(checkpoint, module, cli.about)
+    done = None
+    if checkpoint is not None:
+        done = check_checkpoint(checkpoint, content_of(checkpoint), module, cli.about)
     if not cli.config.trainer.fast_dev_run:
         check_same_settings(cli.out, cli.text)
         if trainer.is_global_zero:
@@ -239,7 +193,10 @@ def _evaluate(cli: TrainingCLI, command: str) -> int:
     if checkpoint is None and cli.ckpt_path is None:
         raise ConfigError(f"expected a checkpoint in {cli.out}, found none. Give --out, --ckpt_path, or run fit first")
     if checkpoint is not None:
-        check_checkpoint(checkpoint, cli.model, cli.about)
+        content = content_of(checkpoint)
+        check_checkpoint(checkpoint, content, cli.model, cli.about)
+        if cli.trainer.is_global_zero:  # standard output has the numbers alone
+            print(f"netdeconv {command}: {checkpoint}{place(content)}", file=sys.stderr)
     evaluate: Any = getattr(cli.trainer, command)
     results = evaluate(
         cli.model, datamodule=cli.datamodule, ckpt_path=_path(checkpoint), weights_only=True, verbose=False

@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 from netdeconv import ConfigError
 from netdeconv.lab.schedules import Schedule
 from netdeconv.lab.training.callbacks import EndTogether, History, SeededSteps
-from netdeconv.lab.training.folder import CONFIG
+from netdeconv.lab.training.options import Checkpoints, Network
 from netdeconv.lab.training.output import EpochLines, LossBar
 from netdeconv.lab.training.saving import FolderCheckpoint, StepCheckpoint, WholeFiles
-from netdeconv.lab.training.settings import Checkpoints, Network, build_data, build_task, resolved_data
+from netdeconv.lab.training.settings import build_data, build_task, resolved_data
 from netdeconv.lab.training.signature import Signature
 
 __all__ = ["TrainingCLI"]
@@ -82,11 +82,6 @@ class TrainingCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        if self.command != "fit" and self.config.out is not None and "name" not in self.config.data:
-            raise ConfigError(
-                f"--out {self.config.out}: expected the folder of a run, with its {CONFIG}, found none there. "
-                "Give the --out of  netdeconv fit,  or --config and --ckpt_path"
-            )
         self.config.data = resolved_data(dict(self.config.data))
         seed = self.config.seed_everything
         if self.config.data.get("seed") == 0 and isinstance(seed, int) and not isinstance(seed, bool):
@@ -126,6 +121,8 @@ class TrainingCLI(LightningCLI):
             config["enable_model_summary"] = False
         if config["default_root_dir"] is None:
             config["default_root_dir"] = str(self.out)
+        if self.command != "fit" and config["logger"] is None:
+            config["logger"] = False  # an evaluation leaves the run folder as it is
         if config["logger"] in (None, True) and not config["fast_dev_run"]:
             config["logger"] = [
                 TensorBoardLogger(self.out, name="logs", version="tensorboard", default_hp_metric=False),
@@ -142,7 +139,7 @@ class TrainingCLI(LightningCLI):
     def _callbacks(self, config: dict[str, Any]) -> list[Callback]:
         checkpoint: Checkpoints = self.config_init.checkpoint
         seed = self.config.seed_everything
-        callbacks: list[Callback] = [Signature(self.about), EndTogether()]
+        callbacks: list[Callback] = [Signature(self.about, self.text), EndTogether()]
         if seed is not False:
             callbacks.append(SeededSteps(int(seed)))
         if config["fast_dev_run"]:

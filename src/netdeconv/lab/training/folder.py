@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import netdeconv
 from netdeconv import ConfigError
@@ -46,6 +45,8 @@ def check_same_settings(folder: Path, config: str) -> None:
     Raises:
         ConfigError: they differ in something that the weights depend on.
     """
+    import yaml
+
     path = folder / CONFIG
     begun = (folder / "metrics.csv").is_file() or find_checkpoint(folder, None, order=("last", "best")) is not None
     if not begun or not path.is_file():
