@@ -77,6 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _UNREAD
+    except KeyboardInterrupt:
+        print("\nnetdeconv: stopped.", file=sys.stderr)
+        return _INTERRUPTED
     return code
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import re
 import signal
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from netdeconv import ConfigError, ShapeError
 from netdeconv.lab.saved import content_of, place
 from netdeconv.lab.training.arguments import full_arguments
+from netdeconv.lab.training.claim import claimed
 from netdeconv.lab.training.folder import check_same_settings, find_checkpoint, note_start, write_config
 from netdeconv.lab.training.messages import in_one_line
 from netdeconv.lab.training.recipes import recipes
@@ -76,7 +78,11 @@ def run(command: str, arguments: Sequence[str]) -> int:
         if cli is None:
             return 0
         try:
-            return _fit(cli) if command == "fit" else _evaluate(cli, command)
+            if command != "fit":
+                return _evaluate(cli, command)
+            writes = cli.trainer.is_global_zero and not cli.config.trainer.fast_dev_run
+            with claimed(cli.out) if writes else contextlib.nullcontext():
+                return _fit(cli)
         except MisconfigurationException as error:
             raise ConfigError(str(error)) from error
         except (RuntimeError, ValueError) as error:
