@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,16 @@ import yaml
 
 import data_trees
 from netdeconv import cli
+from terminals import environment
 from test_resume import checkpoint, rows
 
 pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
 
-from netdeconv.lab import fit_command, store
+from netdeconv.lab import fit_command, norms, store
+from netdeconv.lab.data import DATASETS
+from netdeconv.lab.training import arguments, recipes
+from netdeconv.lab.training.options import DATA_OPTIONS
 
 SETTINGS = ["--config=digits", "--width=0.25", "--trainer.accelerator=cpu", "--trainer.max_epochs=2"]
 
@@ -140,11 +147,66 @@ def test_cifar_100_and_imagenet_on_generated_trees(tmp_path: Path) -> None:
         assert 0 <= row[measure] <= 1
 
 
-def test_help_shows_the_options(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["fit", "--help"]) == 0
+def test_help_names_recipes_and_the_options_of_every_data_set(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["fit", "--config=digits", "--help"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("usage: netdeconv fit")
-    assert {"--norm", "--schedule.name", "--trainer.max_epochs", "--ckpt_path"} <= set(shown.split())
+    some = {"--norm", "--schedule.name", "--trainer.max_epochs", "--ckpt_path", "--help-all"}
+    assert some <= set(re.findall(r"--[\w.-]+", shown))
+    assert {*recipes.recipes(), *norms.NORMS, *DATA_OPTIONS} <= set(re.findall(r"[\w-]+", shown))
+    assert shown.count("\n") < 90 and max(map(len, shown.splitlines())) <= 120
+    for command in ("validate", "test"):
+        assert cli.main([command, "-h"]) == 0
+        assert capsys.readouterr().out.startswith(f"usage: netdeconv {command} RUN|CHECKPOINT")
+
+
+def test_help_of_everything_is_the_parsers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["fit", "--help-all"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: netdeconv fit")
+    assert {"--norm", "--schedule.name", "--trainer.limit_train_batches", "--ckpt_path"} <= set(shown.split())
+
+
+def test_the_options_of_the_data_sets_are_those_of_their_classes() -> None:
+    from netdeconv.lab.training.settings import _data_parser
+
+    assert list(DATA_OPTIONS) == list(DATASETS)
+    for name, known in DATA_OPTIONS.items():
+        assert sorted(known) == sorted(_data_parser(name)[1]), name
+
+
+def test_own_options_are_those_of_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["fit", "--help-all"]) == 0
+    shown = re.findall(r"^  (?:-\w[^,]*, )?--(\w+)", capsys.readouterr().out, re.MULTILINE)
+    assert set(shown) - {"optimizer"} == set(arguments._NAMES) - {"optimizer"}
+
+
+NAMES = """
+import sys
+from netdeconv import cli
+code = cli.main(sys.argv[1:])
+print(code, sorted({"lightning", "torchvision", "torchmetrics"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["fit", "--help"], 0),
+        (["fit", "--config=digits", "--nrom=bn"], 2),
+        (["fit", "digits"], 2),
+        (["fit", "--config=digits", "--network=vgg111", "--out=x"], 2),
+        (["fit", "--config=digits", "--optimizer.lrr=1"], 2),
+        (["fit", "--config=cifar10-1-epoch", "--data.image_size=8"], 2),
+        (["validate", "--out=nowhere"], 2),
+        (["recipes"], 0),
+    ],
+)
+def test_names_are_checked_before_lightning_is_loaded(argv: list[str], code: int) -> None:
+    command = [sys.executable, "-c", NAMES, *argv]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
+    loaded = "['torchvision']" if "--network=vgg111" in argv else "[]"  # to look there for a name that is near
+    assert done.stdout.splitlines()[-1] == f"{code} {loaded}"
 
 
 # ----------------------------------------------------------------------------------------------------- mistakes

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from netdeconv import cli
-from terminals import in_terminal, piped
+from terminals import environment, in_terminal, piped
 from test_resume import checkpoint
 
 pytest.importorskip("lightning")
@@ -31,6 +34,7 @@ def test_a_terminal_shows_a_bar_with_the_loss_and_keeps_the_lines_that_a_log_get
     log = capsys.readouterr().out.replace(str(tmp_path / "log"), str(tmp_path / "terminal")).splitlines()
     assert [line for line in shown.lines if line in log] == log
     assert not any("%|" in line for line in shown.lines)  # no bar is left
+    assert {"loading Lightning ...", "reading the images of digits ..."} <= set(shown.lines) - set(log)
     first, one, two, last = log
     assert "small, norm nd, 1,250 parameters, digits" in first
     assert one.startswith("epoch 1/2: ") and two.startswith("epoch 2/2: ") and "train/loss" in two
@@ -56,6 +60,21 @@ def test_a_run_that_ended_in_nan_is_no_success(tmp_path: Path, capsys: pytest.Ca
         assert all(math.isnan(float(row["train/loss"])) for row in csv.DictReader(file))
 
 
+def test_a_trial_of_single_batches_has_a_last_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["fit", *SETTINGS, "--trainer.fast_dev_run=true", f"--out={tmp_path / 'run'}"]) == 0
+    assert "single batches is done; nothing was written" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_compiling_is_announced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: None)
+    assert cli.main(["fit", *QUICK, "--compile=true", f"--out={tmp_path}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [i for i, line in enumerate(lines) if "is compiled in the first steps" in line] == [1]
+
+
 def test_numbers_on_disk_are_without_the_noise_of_float32(tmp_path: Path) -> None:
     assert cli.main(["fit", *QUICK, f"--out={tmp_path}"]) == 0
     with (tmp_path / "metrics.csv").open() as file:
@@ -79,3 +98,19 @@ def test_a_closed_pipe_is_no_traceback(argv: list[str]) -> None:
     assert done.stdout
     assert done.stderr == ""
     assert done.returncode in (0, 141)  # a short text fits the pipe before its reader is gone
+
+
+WARNS = """
+import sys, warnings
+from netdeconv import cli
+def run(args):
+    warnings.warn("two image files\\nleft out", UserWarning, stacklevel=1)
+    return 0
+cli.COMMANDS = (cli.Command("fit", "", None, run),)
+sys.exit(cli.main(["fit"]))
+"""
+
+
+def test_a_warning_is_one_line_without_source() -> None:
+    done = subprocess.run([sys.executable, "-c", WARNS], capture_output=True, text=True, env=environment(), check=True)
+    assert done.stderr == "netdeconv fit: warning: two image files left out\n"

@@ -18,6 +18,7 @@ from netdeconv.lab.saved import content_of, place
 from netdeconv.lab.training.arguments import full_arguments
 from netdeconv.lab.training.claim import claimed
 from netdeconv.lab.training.folder import check_same_settings, find_checkpoint, note_start, write_config
+from netdeconv.lab.training.help import help_text
 from netdeconv.lab.training.messages import in_one_line
 from netdeconv.lab.training.recipes import recipes
 
@@ -51,18 +52,24 @@ _OF_SETTINGS = {
 }
 
 
-def run(command: str, arguments: Sequence[str]) -> int:
+def run(command: str, arguments: Sequence[str], *, quiet: bool = False) -> int:
     """Train or evaluate; the exit code: 0, ``DIVERGED``, or 143 after SIGTERM.
 
     Args:
         command: ``"fit"``, ``"validate"`` or ``"test"``.
         arguments: what follows it on the command line.
+        quiet: in a terminal, do not say what is being waited for.
 
     Raises:
         ConfigError: a mistake of the user, or a full disk.
         KeyboardInterrupt: on Ctrl-C, where Lightning would exit with code 1.
     """
-    words = full_arguments(command, arguments)
+    if {"--help", "-h"} & set(arguments):
+        print(help_text(command), end="")
+        return 0
+    words = ["--help"] if "--help-all" in arguments else full_arguments(command, arguments)
+    shown = not quiet and sys.stderr.isatty()
+    _wait_for("loading Lightning", shown)
 
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -82,7 +89,7 @@ def run(command: str, arguments: Sequence[str]) -> int:
                 return _evaluate(cli, command)
             writes = cli.trainer.is_global_zero and not cli.config.trainer.fast_dev_run
             with claimed(cli.out) if writes else contextlib.nullcontext():
-                return _fit(cli)
+                return _fit(cli, shown)
         except MisconfigurationException as error:
             raise ConfigError(str(error)) from error
         except (RuntimeError, ValueError) as error:
@@ -148,7 +155,13 @@ def _built(command: str, words: list[str]) -> TrainingCLI | None:
         raise ConfigError(str(error)) from error
 
 
-def _fit(cli: TrainingCLI) -> int:
+def _wait_for(what: str, shown: bool) -> None:
+    """Say what takes a while."""
+    if shown:
+        print(f"{what} ...", file=sys.stderr, flush=True)
+
+
+def _fit(cli: TrainingCLI, shown: bool) -> int:
     from netdeconv.lab.training.output import diverged, ending
     from netdeconv.lab.training.signature import check_checkpoint
 
@@ -173,6 +186,9 @@ def _fit(cli: TrainingCLI) -> int:
         about = f"{cli.about['network']}, norm {cli.about['norm']}, {parameters:,} parameters"
         begun = "" if checkpoint is None else f", going on from {checkpoint}"
         print(f"{cli.out}: {about}, {cli.config.data['name']}{begun}", flush=True)
+        if cli.config.compile:
+            print("the network is compiled in the first steps, which takes a minute or more", flush=True)
+        _wait_for(f"reading the images of {cli.config.data['name']}", shown)
     trainer.fit(module, datamodule=cli.datamodule, ckpt_path=_path(checkpoint), weights_only=True)
     if trainer.is_global_zero:
         if trainer.global_step == (done or 0):
@@ -181,6 +197,8 @@ def _fit(cli: TrainingCLI) -> int:
         if cli.history.rows:
             mode = cli.config.checkpoint.mode
             print(ending(trainer, cli.history.rows, monitor=cli.monitor, mode=mode, folder=cli.out))
+        if cli.config.trainer.fast_dev_run:
+            print("a trial of single batches is done; nothing was written")
     if (epoch := diverged(cli.history.rows)) is None:
         return 0
     if trainer.is_global_zero:

@@ -118,7 +118,7 @@ def fitted(workspace: Workspace, fit: Fit, arguments: Sequence[str]) -> dict[str
     with open(os.devnull, "w") as nowhere:
         told = sys.stderr if workspace.progress.show else nowhere
         with contextlib.redirect_stdout(told):
-            code = run("fit", [*arguments, "--out", str(folder), "--trainer.enable_progress_bar", "false"])
+            code = run("fit", [*arguments, "--out", str(folder), "--trainer.enable_progress_bar", "false"], quiet=True)
     if code not in (0, DIVERGED):  # a rate that is too high is a result as well
         raise KeyboardInterrupt
     with (folder / "metrics.csv").open(newline="") as file:

@@ -65,7 +65,7 @@ def full_arguments(command: str, arguments: Sequence[str]) -> list[str]:
         recipe |= _content(config)
     data = given.get("data")
     of_recipe = (recipe.get("data") or {}).get("name")
-    if not _WITHOUT_TRAINING & set(given):
+    if not _WITHOUT_TRAINING & {name.rpartition(".")[2] for name in given}:
         _check(given, data or given.get("data.name") or of_recipe, recipe, command)
     first = [f"--config={config}" for config in configs]
     if data is not None and of_recipe != data:
