@@ -83,9 +83,7 @@ def test_export_takes_a_folder_or_a_checkpoint(run: Path, tmp_path: Path, capsys
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("norm", ["gn", "ln", "in", "none", "nd-authors"])
-def test_export_takes_every_norm_and_one_channel(
-    norm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_takes_every_norm_and_one_channel(norm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package)
     network = ["--config=digits", "--network=vgg11", "--width=0.0625", "--data.image_size=32", f"--norm={norm}"]

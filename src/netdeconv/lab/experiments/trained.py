@@ -18,8 +18,7 @@ from netdeconv.lab.run_record import RunRecord
 from netdeconv.lab.running import fit
 from netdeconv.lab.schedules import Schedule
 from netdeconv.lab.store import RunStore, code_fingerprint, write_whole
-from netdeconv.lab.training.options import Network
-from netdeconv.lab.training.settings import build_task
+from netdeconv.lab.training.settings import Network, build_task
 
 __all__ = ["CODE", "NORMS", "Trained", "TrainedSettings", "test_images", "trained", "training_line"]
 

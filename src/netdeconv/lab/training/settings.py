@@ -18,7 +18,7 @@ from netdeconv.lab.tasks import Classification, Segmentation, Task
 from netdeconv.lab.training.messages import in_one_line
 from netdeconv.lab.training.options import Network
 
-__all__ = ["build_data", "build_network", "build_task", "resolved_data"]
+__all__ = ["Network", "build_data", "build_network", "build_task", "resolved_data"]
 
 
 def resolved_data(options: dict[str, Any]) -> dict[str, Any]:
