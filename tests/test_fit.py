@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import inspect
 import json
 import re
 import shutil
@@ -175,6 +176,12 @@ def test_the_options_of_the_data_sets_are_those_of_their_classes() -> None:
         assert sorted(known) == sorted(_data_parser(name)[1]), name
 
 
+def test_the_trainers_options_are_those_of_its_class() -> None:
+    from lightning.pytorch import Trainer
+
+    assert arguments._trainer_options() == list(inspect.signature(Trainer).parameters)
+
+
 def test_own_options_are_those_of_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["fit", "--help-all"]) == 0
     shown = re.findall(r"^  (?:-\w[^,]*, )?--(\w+)", capsys.readouterr().out, re.MULTILINE)
@@ -197,6 +204,7 @@ print(code, sorted({"lightning", "torchvision", "torchmetrics"} & set(sys.module
         (["fit", "digits"], 2),
         (["fit", "--config=digits", "--network=vgg111", "--out=x"], 2),
         (["fit", "--config=digits", "--optimizer.lrr=1"], 2),
+        (["fit", "--config=digits", "--trainer.max_epoch=3"], 2),
         (["fit", "--config=cifar10-1-epoch", "--data.image_size=8"], 2),
         (["validate", "--out=nowhere"], 2),
         (["recipes"], 0),
@@ -229,7 +237,7 @@ def test_names_are_checked_before_lightning_is_loaded(argv: list[str], code: int
         (["--config=digits", "--trainer.max_epochs=ten"], "--trainer.max_epochs: expected int or null, got ten"),
         (["--config=digits", "--optimizer.lr=fast"], "--optimizer.lr: expected float, got fast"),
         (["--config=digits", "--trainer.precision=12"], "--trainer.precision: expected 64 or 32 or 16 or "),
-        (["--config=digits", "--trainer.max_epoch=3"], "--trainer.max_epoch=3"),
+        (["--config=digits", "--trainer.max_epoch=3"], "--trainer.max_epoch: there is no such option. The nearest"),
         (["--config=digits", "--trainer.accelerator=gpx"], "--trainer: You selected an invalid accelerator name"),
         (["--config=digits", "--schedule.name=linear"], "got 'linear'"),
         (["--config=digits", "--checkpoint.mode=best"], "expected checkpoint.mode max or min, got 'best'"),

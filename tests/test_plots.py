@@ -42,6 +42,12 @@ def test_epochs_are_whole_numbers(epochs: int, labels: list[str]) -> None:
         assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", label)
 
 
+def test_epochs_without_evaluation_leave_a_panel_empty() -> None:
+    figure = history_figure([{"epoch": 1, "train/loss": 1.0}], "small")
+    assert ticks(figure.axes[0], "x") == ["1"]
+    assert figure.axes[1].lines[:] == []
+
+
 @pytest.mark.parametrize(
     ("values", "labels"),
     [

@@ -246,7 +246,8 @@ def tidy(axes: Axes) -> None:
     if axes.get_xlabel() == "epoch":
         low, high = axes.dataLim.intervalx
         margin = max(_AROUND_EPOCHS, 0.03 * (high - low))
-        axes.set_xlim(low - margin, high + margin)
+        if np.isfinite(low):  # something is drawn
+            axes.set_xlim(low - margin, high + margin)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
     if (legend := axes.get_legend()) is not None:
         legend.set_frame_on(True)

@@ -5,7 +5,9 @@ The parser needs Lightning, which takes seconds to load; a mistake in a name is 
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import importlib.util
 import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -157,10 +159,28 @@ def _check_option(option: str, data: str, optimizer: type | None) -> None:
         raise ConfigError(f"--{option}: there is no such setting. {nearest(first, _GROUPS[group])}")
     if group == "data" and first not in ("", "name", *DATA_OPTIONS[data]):
         raise ConfigError(f"--{option}: {data} has no such option. {nearest(first, DATA_OPTIONS[data])}")
+    if group == "trainer" and first and (known := _trainer_options()) and first not in (*known, *_OF_CLASSES):
+        raise ConfigError(f"--{option}: there is no such option. {nearest(first, known)}")
     if group == "optimizer" and optimizer is not None and first not in ("", *_OF_CLASSES):
         known = [one for one in inspect.signature(optimizer).parameters if one != "params"]
         if first not in known:
             raise ConfigError(f"--{option}: there is no such option of {optimizer.__name__}. {nearest(first, known)}")
+
+
+def _trainer_options() -> list[str]:
+    """The arguments of the installed Lightning's ``Trainer``, read from its source, as importing it takes seconds.
+
+    Empty where they are not found there; the parser then finds the mistakes.
+    """
+    spec = importlib.util.find_spec("lightning")
+    path = Path(spec.origin).parent / "pytorch" / "trainer" / "trainer.py" if spec and spec.origin else None
+    if path is None or not path.is_file():
+        return []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ClassDef) and node.name == "Trainer":
+            made = [one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"]
+            return [argument.arg for one in made for argument in (*one.args.args[1:], *one.args.kwonlyargs)]
+    return []
 
 
 def _optimizer(given: Mapping[str, str], recipe: Mapping[str, Any]) -> type | None:
