@@ -54,7 +54,7 @@ def test_a_run_that_ended_in_nan_is_no_success(tmp_path: Path, capsys: pytest.Ca
     for _ in range(2):  # and it is none when it is found finished
         assert cli.main(command) == 1
         error = capsys.readouterr().err
-        assert error.startswith("netdeconv fit: the training loss is not finite from epoch 1 on")
+        assert error.startswith("netdeconv fit: the loss is NaN from epoch 1 on")
         assert error.count("\n") == 1
     with (tmp_path / "metrics.csv").open() as file:
         assert all(math.isnan(float(row["train/loss"])) for row in csv.DictReader(file))

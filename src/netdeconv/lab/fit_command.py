@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import os
 import re
 import signal
 import sys
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DIVERGED", "parsed", "run", "run_recipes"]
 
-DIVERGED = 1  # exit code of a training whose loss is not finite at the end
+DIVERGED = 1  # exit code of a training whose loss is NaN at the end
 _TERMINATED = 128 + signal.SIGTERM
 
 # What Lightning says of runs that go on in their folder, of short epochs, of epochs without evaluation, and of machines
@@ -68,7 +69,7 @@ def run(command: str, arguments: Sequence[str], *, quiet: bool = False) -> int:
         print(help_text(command), end="")
         return 0
     words = ["--help"] if "--help-all" in arguments else full_arguments(command, arguments)
-    shown = not quiet and sys.stderr.isatty()
+    shown = not quiet and sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0"
     _wait_for("loading Lightning", shown)
 
     from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -203,7 +204,7 @@ def _fit(cli: TrainingCLI, shown: bool) -> int:
         return 0
     if trainer.is_global_zero:
         print(
-            f"netdeconv fit: the training loss is not finite from epoch {epoch} on: the run diverged. "
+            f"netdeconv fit: the loss is NaN from epoch {epoch} on: the training diverged. "
             "Try a lower --optimizer.lr, and another --out",
             file=sys.stderr,
         )

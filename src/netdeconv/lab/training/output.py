@@ -127,10 +127,10 @@ def ending(trainer: Trainer, rows: Sequence[Mapping[str, float]], *, monitor: st
 
 
 def diverged(rows: Sequence[Mapping[str, float]]) -> int | None:
-    """The first of the last epochs without a finite training loss; ``None`` where the last epoch has one."""
+    """The first of the last epochs that have a loss of NaN; ``None`` where the last epoch has none."""
     first = None
     for row in reversed(rows):
-        if math.isfinite(row.get("train/loss", 0.0)):
+        if not any(math.isnan(value) for name, value in row.items() if name.endswith("/loss")):
             break
         first = int(row["epoch"])
     return first
