@@ -44,9 +44,12 @@ def test_a_terminal_shows_a_bar_with_the_loss_and_keeps_the_lines_that_a_log_get
 def test_early_stopping_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=train/loss"]
     options = [*stop, "--trainer.callbacks.divergence_threshold=0.001", "--trainer.max_epochs=9"]
-    assert cli.main(["fit", *QUICK, *options, f"--out={tmp_path}"]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert f"{tmp_path}: 1 epoch, stopped early (Divergence threshold reached: train/loss = " in last
+    for step in (2, 2):  # the same command again trains no further
+        assert cli.main(["fit", *QUICK, *options, f"--out={tmp_path}"]) == 0
+        *others, last = capsys.readouterr().out.splitlines()
+        assert f"{tmp_path}: 1 epoch, stopped early (Divergence threshold reached: train/loss = " in last
+        assert checkpoint(tmp_path)["global_step"] == step
+    assert "finished before, after 1 epochs; nothing was done" in others[-1]
 
 
 def test_a_run_that_ended_in_nan_is_no_success(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,6 +54,8 @@ def test_epochs_without_evaluation_leave_a_panel_empty() -> None:
         ((0.52, 2.4), ["0.6", "1", "1.5", "2"]),
         ((1.2, 21.0), ["2", "5", "10", "20"]),
         ((0.002, 30.0), ["0.01", "0.1", "1", "10"]),
+        ((2e-5, 3e-3), ["2e-5", "5e-5", "1e-4", "2e-4", "5e-4", "0.001", "0.002"]),
+        ((2e3, 2e5), ["2000", "5000", "10000", "20000", "50000", "1e5", "2e5"]),
     ],
 )
 def test_logarithmic_axes_have_plain_numbers(values: tuple[float, float], labels: list[str]) -> None:

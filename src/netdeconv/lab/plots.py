@@ -254,12 +254,19 @@ def tidy(axes: Axes) -> None:
         legend.get_frame().set(alpha=0.85, edgecolor="none", facecolor="white")
 
 
+def _plain(value: float) -> str:
+    """0.01, 2, 10000; beyond that 1e-4 and 1e5, which take less room."""
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:g}"
+    return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+
+
 def _plain_numbers(axis: Axis, limits: tuple[float, float]) -> None:
     """0.5, 1, 2 and not 5 x 10^-1, 10^0, 2 x 10^0; more of them where the axis has few powers of ten."""
     axis.set_minor_formatter(NullFormatter())
     if isinstance(axis.get_major_locator(), FixedLocator):  # ticks of the picture's own choice
         return
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
     low, high = sorted(limits)
     if axis.get_scale() == "log" and getattr(axis.get_transform(), "base", 10) == 10 and low > 0:
         steps = next(steps for most, steps in _STEPS if high / low <= most)

@@ -79,6 +79,10 @@ class EpochLines(Callback):
         self.history = history
         self._pending: str | None = None
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if _stopped_early(trainer) is not None:
+            trainer.should_stop = True  # the same command again leaves it as it is, like any training that is finished
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         row = self.history.rows[-1]
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if "/" in name)
@@ -112,13 +116,8 @@ def ending(trainer: Trainer, rows: Sequence[Mapping[str, float]], *, monitor: st
         folder: of the run.
     """
     epochs = f"{len(rows)} epoch" + "s" * (len(rows) != 1)
-    early = [
-        callback.stopping_reason_message or f"{callback.monitor} is no better"
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if isinstance(callback, EarlyStopping) and callback.stopping_reason.value
-    ]
-    reason = early[0].removesuffix(" Signaling Trainer to stop.").rstrip(".") if early else ""
-    stopped = f", stopped early ({reason})" if early else ""
+    reason = _stopped_early(trainer)
+    stopped = "" if reason is None else f", stopped early ({reason})"
     measured = [row for row in rows if math.isfinite(row.get(monitor, math.nan))]
     if not measured:
         return f"{folder}: {epochs}{stopped}"
@@ -134,6 +133,15 @@ def diverged(rows: Sequence[Mapping[str, float]]) -> int | None:
             break
         first = int(row["epoch"])
     return first
+
+
+def _stopped_early(trainer: Trainer) -> str | None:
+    """Why training was stopped before its last epoch, now or before the checkpoint that it went on from."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason.value:
+            reason = callback.stopping_reason_message or f"{callback.monitor} is no better"
+            return reason.removesuffix(" Signaling Trainer to stop.").rstrip(".")
+    return None
 
 
 def _epoch(number: int, epochs: int | None) -> str:
