@@ -117,3 +117,11 @@ sys.exit(cli.main(["fit"]))
 def test_a_warning_is_one_line_without_source() -> None:
     done = subprocess.run([sys.executable, "-c", WARNS], capture_output=True, text=True, env=environment(), check=True)
     assert done.stderr == "netdeconv fit: warning: two image files left out\n"
+
+
+def test_a_warning_of_lightning_is_one_line_without_source(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "netdeconv", "fit", "--data=digits", "--optimizer.lr=-1", f"--out={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    warning, mistake = done.stderr.splitlines()
+    assert warning.startswith("netdeconv fit: warning: `max_epochs` was not set")
+    assert mistake.startswith("netdeconv fit: Invalid learning rate: -1")

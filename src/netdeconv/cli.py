@@ -11,8 +11,7 @@ import dataclasses
 import errno
 import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -109,9 +108,11 @@ def _main(given: Sequence[str]) -> int:
 
 
 def _run(command: Command, args: argparse.Namespace) -> int:
+    from netdeconv.lab.warned import short_warnings
+
     prog = f"netdeconv {command.name}"
     try:
-        with _short_warnings(prog):
+        with short_warnings(prog):
             return command.run(args)
     except ConfigError as error:
         return _complain(prog, str(error), f"See {prog} --help")
@@ -131,22 +132,6 @@ def _run(command: Command, args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\n{prog}: stopped.", file=sys.stderr)
         return _INTERRUPTED
-
-
-@contextlib.contextmanager
-def _short_warnings(prog: str) -> Iterator[None]:
-    """Warnings as one line, without the source file and the code that Python shows; above a bar in a terminal."""
-
-    def line(message: Warning | str, *_: object, **__: object) -> str:
-        clear = "\r\x1b[K" if sys.stderr.isatty() else ""
-        return f"{clear}{prog}: warning: {' '.join(str(message).split())}\n"
-
-    before = warnings.formatwarning
-    warnings.formatwarning = line
-    try:
-        yield
-    finally:
-        warnings.formatwarning = before
 
 
 def _complain(prog: str, what: str, remedy: str) -> int:
