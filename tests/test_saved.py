@@ -56,6 +56,11 @@ def test_evaluation_takes_a_folder_or_a_checkpoint(
     assert sorted(run.rglob("*")) == before  # nothing is logged into the folder
     old = cli.main([command, "--out", str(run), "--trainer.accelerator=cpu"])
     assert (old, capsys.readouterr().out) == (0, found[run])
+    moved = tmp_path / "moved.ckpt"
+    for words in (["--out", str(moved)], ["--ckpt_path", str(moved)], [str(moved), *SETTINGS]):
+        assert cli.main([command, *words, "--trainer.accelerator=cpu"]) == 0
+        assert capsys.readouterr().out == found[run]
+    assert "expected one run folder or checkpoint, got" in complaint(capsys, command, str(run), f"--out={run}")
     last = run / "checkpoints" / "last.ckpt"
     assert cli.main([command, str(run), "--ckpt_path=last", "--trainer.accelerator=cpu"]) == 0
     assert f"{last}" in capsys.readouterr().err
