@@ -91,6 +91,15 @@ def test_the_command_fit_trains_what_is_compared(tmp_path: Path, monkeypatch: py
     assert again.record["result"]["runs"] == runs
 
 
+def test_a_training_that_diverges_is_a_result_as_well(tmp_path: Path) -> None:
+    outcome = carried_out("imagenet", tmp_path, network="small", bn_rates=(1e30,), nd_rates=(0.1,))
+    diverged, other = outcome.record["result"]["runs"]
+    assert (diverged["rate"], other["rate"]) == (1e30, 0.1)
+    losses = [value for name, value in diverged["epochs"][0].items() if name.endswith("/loss")]
+    assert any(value is None or math.isnan(value) for value in losses)
+    assert len(other["epochs"]) == 1
+
+
 def test_data_that_are_not_there_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NETDECONV_DATA", str(tmp_path))
     with pytest.raises(ConfigError, match=r"expected data in .*streets, there is no such folder"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import os
 import subprocess
 import sys
@@ -116,3 +117,23 @@ def test_help_loads_no_lab_library() -> None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([source, os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
     assert done.stdout.endswith("LOADED []\n")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
+def test_a_full_disk_is_one_line(
+    number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(args: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(cli, "COMMANDS", (cli.Command("demo", "", lambda parser: None, full),))
+    assert f"cannot write: {os.strerror(number)}. Make room" in complaint(capsys, "demo")
+
+
+def test_another_error_of_the_system_is_not_explained_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(args: object) -> int:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(cli, "COMMANDS", (cli.Command("demo", "", lambda parser: None, broken),))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        cli.main(["demo"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import math
 import pickle
 from typing import Any
@@ -82,6 +83,17 @@ def test_paper_is_the_published_procedure_in_every_setting() -> None:
 def test_paper_takes_overrides() -> None:
     config = WhiteningConfig.paper(num_iters=15, eps=0.0, differentiable=False)
     assert dataclasses.asdict(config) == {**PUBLISHED, "num_iters": 15, "eps": 0.0, "differentiable": False}
+
+
+def test_a_setting_that_there_is_not_names_the_nearest() -> None:
+    unknown: Any = {"blocksize": 3}
+    message = r"WhiteningConfig: there is no setting 'blocksize'\. Did you mean 'block_size'\?"
+    for make in (WhiteningConfig, WhiteningConfig.paper, WhiteningConfig().replace):
+        with pytest.raises(TypeError, match=message):
+            make(**unknown)
+    with pytest.raises(TypeError, match=r"no setting 'xyz'\. It has block_size, grouping, eps, "):
+        WhiteningConfig(xyz=1)  # type: ignore[call-arg]
+    assert list(inspect.signature(WhiteningConfig).parameters) == list(PROMISED)
 
 
 def test_replace_changes_a_checked_copy() -> None:

@@ -167,7 +167,7 @@ def test_missing_folders_say_what_is_expected(kind: type[ImageFolderData], hint:
     with pytest.raises(ConfigError, match=rf"expected \S+train, which is not there\. .*{hint}"):
         kind(root=tmp_path).setup("fit")
     data_trees.image_folder(tmp_path, ("train",))
-    with pytest.raises(ConfigError, match=r"expected \S+test, which is not there"):
+    with pytest.raises(ConfigError, match=r"expected \S+val, which is not there"):
         kind(root=tmp_path).setup("fit")
     (tmp_path / "val").mkdir()
     with pytest.raises(ConfigError, match=r"expected images in \S+val: couldn't find any class folder in .*Expected"):

@@ -246,7 +246,7 @@ def test_states_that_fit_in_part(models: dict[str, nn.Module], tmp_path: Path) -
     ("options", "message"),
     [
         (("--network", "resnet81"), "there is no resnet81. The nearest name is resnet18."),
-        (("--network", "xyz"), "there is no xyz. The zoo has "),
+        (("--network", "xyz"), "there is no xyz. There is "),
         (("--network", "torchvision:mobilnet_v2"), "The nearest name is torchvision:mobilenet_v2."),
         (("--network", "timm:resnet18"), "there is no timm:resnet18"),
         (("--network", "torchvision:resnet18"), "width=0.03125 cannot apply"),
@@ -254,7 +254,7 @@ def test_states_that_fit_in_part(models: dict[str, nn.Module], tmp_path: Path) -
         (("--input-size", "3", "8", "8"), "cannot be run with --input-size 3 8 8"),
         (("--width", "0"), "expected a number above 0, got 0"),
         (("--classes", "two"), "invalid int value: 'two'"),
-        (("--norm", "ln"), "invalid choice: 'ln'"),
+        (("--norm", "lnn"), "invalid choice: 'lnn'"),
     ],
 )
 def test_wrong_options(
@@ -309,6 +309,7 @@ def test_a_missing_extra(
 @pytest.mark.parametrize(
     ("error", "message"),
     [
+        (OSError(28, "No space left on device"), "a.onnx: No space left on device. Nothing was changed there"),
         (NumericalError("export_onnx: expected a.onnx to give"), "expected a.onnx to give"),
         (RuntimeError("no operator\nlong report"), "cannot be exported with opset 20: no operator"),
         (None, "--opset: expected 20, the exporter of torch could only write opset 18"),

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import errno
+import inspect
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +20,16 @@ import yaml
 
 import data_trees
 from netdeconv import cli
+from terminals import environment
 from test_resume import checkpoint, rows
 
 pytest.importorskip("lightning")
 pytest.importorskip("sklearn")
 
-from netdeconv.lab import fit_command, store
+from netdeconv.lab import fit_command, norms, store
+from netdeconv.lab.data import DATASETS
+from netdeconv.lab.training import arguments, recipes
+from netdeconv.lab.training.options import DATA_OPTIONS
 
 SETTINGS = ["--config=digits", "--width=0.25", "--trainer.accelerator=cpu", "--trainer.max_epochs=2"]
 
@@ -140,11 +148,73 @@ def test_cifar_100_and_imagenet_on_generated_trees(tmp_path: Path) -> None:
         assert 0 <= row[measure] <= 1
 
 
-def test_help_shows_the_options(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["fit", "--help"]) == 0
+def test_help_names_recipes_and_the_options_of_every_data_set(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["fit", "--config=digits", "--help"]) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("usage: netdeconv fit")
-    assert {"--norm", "--schedule.name", "--trainer.max_epochs", "--ckpt_path"} <= set(shown.split())
+    some = {"--norm", "--schedule.name", "--trainer.max_epochs", "--ckpt_path", "--help-all"}
+    assert some <= set(re.findall(r"--[\w.-]+", shown))
+    assert {*recipes.recipes(), *norms.NORMS, *DATA_OPTIONS} <= set(re.findall(r"[\w-]+", shown))
+    assert shown.count("\n") < 90 and max(map(len, shown.splitlines())) <= 120
+    for command in ("validate", "test"):
+        assert cli.main([command, "-h"]) == 0
+        assert capsys.readouterr().out.startswith(f"usage: netdeconv {command} RUN|CHECKPOINT")
+
+
+def test_help_of_everything_is_the_parsers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["fit", "--help-all"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: netdeconv fit")
+    assert {"--norm", "--schedule.name", "--trainer.limit_train_batches", "--ckpt_path"} <= set(shown.split())
+
+
+def test_the_options_of_the_data_sets_are_those_of_their_classes() -> None:
+    from netdeconv.lab.training.settings import _data_parser
+
+    assert list(DATA_OPTIONS) == list(DATASETS)
+    for name, known in DATA_OPTIONS.items():
+        assert sorted(known) == sorted(_data_parser(name)[1]), name
+
+
+def test_the_trainers_options_are_those_of_its_class() -> None:
+    from lightning.pytorch import Trainer
+
+    assert arguments._trainer_options() == list(inspect.signature(Trainer).parameters)
+
+
+def test_own_options_are_those_of_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["fit", "--help-all"]) == 0
+    shown = re.findall(r"^  (?:-\w[^,]*, )?--(\w+)", capsys.readouterr().out, re.MULTILINE)
+    assert set(shown) - {"optimizer"} == set(arguments._NAMES) - {"optimizer"}
+
+
+NAMES = """
+import sys
+from netdeconv import cli
+code = cli.main(sys.argv[1:])
+print(code, sorted({"lightning", "torchvision", "torchmetrics"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["fit", "--help"], 0),
+        (["fit", "--config=digits", "--nrom=bn"], 2),
+        (["fit", "digits"], 2),
+        (["fit", "--config=digits", "--network=vgg111", "--out=x"], 2),
+        (["fit", "--config=digits", "--optimizer.lrr=1"], 2),
+        (["fit", "--config=digits", "--trainer.max_epoch=3"], 2),
+        (["fit", "--config=cifar10-1-epoch", "--data.image_size=8"], 2),
+        (["validate", "--out=nowhere"], 2),
+        (["recipes"], 0),
+    ],
+)
+def test_names_are_checked_before_lightning_is_loaded(argv: list[str], code: int) -> None:
+    command = [sys.executable, "-c", NAMES, *argv]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
+    loaded = "['torchvision']" if "--network=vgg111" in argv else "[]"  # to look there for a name that is near
+    assert done.stdout.splitlines()[-1] == f"{code} {loaded}"
 
 
 # ----------------------------------------------------------------------------------------------------- mistakes
@@ -157,7 +227,7 @@ def test_help_shows_the_options(capsys: pytest.CaptureFixture[str]) -> None:
         (["--config=digts"], "there is no recipe digts. The nearest name is digits"),
         (["--config=nowhere/x.yaml"], "there is no file nowhere/x.yaml"),
         (["--config=digits", "--data=digit"], "there is no digit. The nearest name is digits"),
-        (["--config=digits", "--network=vgg12"], "got 'vgg12'. The nearest name is vgg1"),
+        (["--config=digits", "--network=vgg12"], "--network: there is no vgg12. The nearest name is vgg1"),
         (["--config=digits", "--norm=nd-papr"], "there is no nd-papr. The nearest name is nd-paper"),
         (["--config=digits", "--optimizer=SDG"], "torch.optim has no SDG. The nearest name is SGD"),
         (["--config=digits", "--optimizer.lrr=1"], "--optimizer.lrr: there is no such option"),
@@ -167,7 +237,7 @@ def test_help_shows_the_options(capsys: pytest.CaptureFixture[str]) -> None:
         (["--config=digits", "--trainer.max_epochs=ten"], "--trainer.max_epochs: expected int or null, got ten"),
         (["--config=digits", "--optimizer.lr=fast"], "--optimizer.lr: expected float, got fast"),
         (["--config=digits", "--trainer.precision=12"], "--trainer.precision: expected 64 or 32 or 16 or "),
-        (["--config=digits", "--trainer.max_epoch=3"], "--trainer.max_epoch=3"),
+        (["--config=digits", "--trainer.max_epoch=3"], "--trainer.max_epoch: there is no such option. The nearest"),
         (["--config=digits", "--trainer.accelerator=gpx"], "--trainer: You selected an invalid accelerator name"),
         (["--config=digits", "--schedule.name=linear"], "got 'linear'"),
         (["--config=digits", "--checkpoint.mode=best"], "expected checkpoint.mode max or min, got 'best'"),
@@ -205,7 +275,7 @@ def test_a_folder_is_free_until_something_was_trained_in_it(
     command = [*vgg, *options, f"--out={tmp_path}"]
     line = complaint(capsys, *command)  # five poolings do not fit images of 8x8
     assert "Output size is too small. The images do not have the size that the network takes" in line
-    assert (tmp_path / "config.yaml").is_file()
+    assert list(tmp_path.iterdir()) == []
     assert cli.main([*command, "--data.image_size=32"]) == 0
     assert "data.image_size 32, this one has 8" in complaint(capsys, *command)
 

@@ -6,7 +6,10 @@ Heavy libraries are imported inside the commands that use them, so that ``--help
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,7 +37,10 @@ _LAB = {
     "yaml",
 }
 
-_USER_ERROR, _INTERRUPTED = 2, 130
+_USER_ERROR, _INTERRUPTED, _UNREAD = 2, 130, 141
+
+# What a disk can refuse in the midst of writing, where Python names no file.
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,9 +67,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        Exit code: 0 done, 2 a mistake of the user (one line on standard error says which), 130 interrupted.
+        Exit code: 0 done, 1 a training diverged, 2 a mistake of the user (one line on standard error says which),
+        130 interrupted, 141 nobody reads the output any more, 143 asked to end.
     """
-    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # what is left would fail while Python ends, too late to answer
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _UNREAD
+    except KeyboardInterrupt:
+        print("\nnetdeconv: stopped.", file=sys.stderr)
+        return _INTERRUPTED
+    return code
+
+
+def _main(given: Sequence[str]) -> int:
     for command in COMMANDS:
         if command.add_arguments is None and given[:1] == [command.name]:
             return _run(command, argparse.Namespace(arguments=given[1:]))
@@ -77,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             description=command.help,
             allow_abbrev=False,
         )
-        if command.add_arguments is not None:
+        if command.add_arguments is not None and command.name in given:  # others would cost their imports
             command.add_arguments(sub)
         sub.set_defaults(command=command)
     try:
@@ -88,9 +108,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: Command, args: argparse.Namespace) -> int:
+    from netdeconv.lab.warned import short_warnings
+
     prog = f"netdeconv {command.name}"
     try:
-        return command.run(args)
+        with short_warnings(prog):
+            return command.run(args)
     except ConfigError as error:
         return _complain(prog, str(error), f"See {prog} --help")
     except ModuleNotFoundError as error:
@@ -98,9 +121,13 @@ def _run(command: Command, args: argparse.Namespace) -> int:
         if package not in _LAB:
             raise
         return _complain(prog, f"needs {package}, which is not installed", 'Run: pip install "netdeconv[lab]"')
+    except BrokenPipeError:
+        raise
     except OSError as error:
         if error.filename is None:
-            raise
+            if error.errno not in _OF_DISKS:
+                raise
+            return _complain(prog, f"cannot write: {error.strerror}", "Make room, or choose another place")
         return _complain(prog, f"cannot use {error.filename}: {error.strerror}", "Choose another place")
     except KeyboardInterrupt:
         print(f"\n{prog}: stopped.", file=sys.stderr)

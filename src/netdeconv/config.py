@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import numbers
-from typing import Any
+from typing import Any, TypeVar
 
 from netdeconv.errors import ConfigError
 from netdeconv.functional.blocks import neighbours_together
 from netdeconv.functional.isqrt import SOLVERS, chosen_solver
 
 __all__ = ["AVERAGES", "GROUPINGS", "KINDS", "SAMPLINGS", "WhiteningConfig"]
+
+_Settings = TypeVar("_Settings")
 
 AVERAGES = ("covariance", "root")
 GROUPINGS = ("contiguous", "interleaved")
@@ -35,6 +38,25 @@ KINDS: dict[str, dict[str, Any]] = {
 _BLOCK, _BLOCK_OF_WIDE, _WIDE, _LINEAR_BLOCK, _PUBLISHED_BLOCK = 32, 16, 512, 512, 64
 
 
+def _known_settings_only(kind: type[_Settings]) -> type[_Settings]:
+    """Let a dataclass name the nearest setting where it gets one that it does not have."""
+    made: Any = kind.__init__
+    known = list(kind.__dataclass_fields__)  # type: ignore[attr-defined]
+
+    @functools.wraps(made)
+    def __init__(self: Any, *args: Any, **settings: Any) -> None:
+        for name in settings:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                hint = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(known)}."
+                raise TypeError(f"{kind.__name__}: there is no setting {name!r}. {hint}")
+        made(self, *args, **settings)
+
+    kind.__init__ = __init__  # type: ignore[method-assign]
+    return kind
+
+
+@_known_settings_only
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WhiteningConfig:
     """Settings of the whitening; the same object may serve every layer of a network.
@@ -88,6 +110,7 @@ class WhiteningConfig:
 
     Raises:
         ConfigError: a value out of range or unknown, or two that exclude one another.
+        TypeError: a setting that there is not; the nearest one is named.
 
     Source: Ye et al., Network Deconvolution, ICLR 2020, arXiv 1905.11926; kinds, scale and averages are ours.
     """

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
-import json
+import os
 import re
 import signal
 import sys
@@ -13,19 +14,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from netdeconv import ConfigError, ShapeError
-from netdeconv.lab.names import nearest
-from netdeconv.lab.training.folder import CONFIG, check_same_settings, find_checkpoint, note_start, write_config
+from netdeconv.lab.saved import content_of, place
+from netdeconv.lab.training.arguments import full_arguments
+from netdeconv.lab.training.claim import claimed
+from netdeconv.lab.training.folder import check_same_settings, find_checkpoint, note_start, write_config
+from netdeconv.lab.training.help import help_text
 from netdeconv.lab.training.messages import in_one_line
-from netdeconv.lab.training.recipes import recipe_path, recipes
+from netdeconv.lab.training.recipes import recipes
 
 if TYPE_CHECKING:
     from netdeconv.lab.training.command_line import TrainingCLI
 
-__all__ = ["parsed", "run", "run_recipes"]
+__all__ = ["DIVERGED", "parsed", "run", "run_recipes"]
 
+DIVERGED = 1  # exit code of a training whose loss is NaN at the end
 _TERMINATED = 128 + signal.SIGTERM
 
 # What Lightning says of runs that go on in their folder, of short epochs, of epochs without evaluation, and of machines
@@ -50,17 +53,25 @@ _OF_SETTINGS = {
 }
 
 
-def run(command: str, arguments: Sequence[str]) -> int:
-    """Train or evaluate; the exit code.
+def run(command: str, arguments: Sequence[str], *, quiet: bool = False) -> int:
+    """Train or evaluate; the exit code: 0, ``DIVERGED``, or 143 after SIGTERM.
 
     Args:
         command: ``"fit"``, ``"validate"`` or ``"test"``.
         arguments: what follows it on the command line.
+        quiet: in a terminal, do not say what is being waited for.
 
     Raises:
         ConfigError: a mistake of the user, or a full disk.
         KeyboardInterrupt: on Ctrl-C, where Lightning would exit with code 1.
     """
+    if {"--help", "-h"} & set(arguments):
+        print(help_text(command), end="")
+        return 0
+    words = ["--help"] if "--help-all" in arguments else full_arguments(command, arguments)
+    shown = not quiet and sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0"
+    _wait_for("loading Lightning", shown)
+
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -71,17 +82,25 @@ def run(command: str, arguments: Sequence[str]) -> int:
     with quiet_lightning(diverging=True), warnings.catch_warnings():
         for message in _NOT_OURS:
             warnings.filterwarnings("ignore", message=message)
-        cli = parsed(command, arguments)
+        cli = _built(command, words)
         if cli is None:
             return 0
         try:
-            return _fit(cli) if command == "fit" else _evaluate(cli, command)
+            if command != "fit":
+                return _evaluate(cli, command)
+            writes = cli.trainer.is_global_zero and not cli.config.trainer.fast_dev_run
+            with claimed(cli.out) if writes else contextlib.nullcontext():
+                return _fit(cli, shown)
         except MisconfigurationException as error:
             raise ConfigError(str(error)) from error
         except (RuntimeError, ValueError) as error:
             if (advice := _advice(error)) is None:
                 raise
             raise ConfigError(f"{str(error).rstrip('.')}. {advice}".strip()) from error
+        except BrokenPipeError:
+            if command == "fit":
+                print(f"netdeconv fit: nobody reads the output any more. {_goes_on(cli)}", file=sys.stderr)
+            raise
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -114,6 +133,10 @@ def parsed(command: str, arguments: Sequence[str]) -> TrainingCLI | None:
     Raises:
         ConfigError: a mistake of the user.
     """
+    return _built(command, full_arguments(command, arguments))
+
+
+def _built(command: str, words: list[str]) -> TrainingCLI | None:
     from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -122,7 +145,7 @@ def parsed(command: str, arguments: Sequence[str]) -> TrainingCLI | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # jsonargparse, of names that Lightning uses as well
-            return TrainingCLI(_with_paths(arguments), command)
+            return TrainingCLI(words, command)
     except SystemExit as stop:
         if stop.code:
             raise
@@ -133,65 +156,22 @@ def parsed(command: str, arguments: Sequence[str]) -> TrainingCLI | None:
         raise ConfigError(str(error)) from error
 
 
-def _with_paths(arguments: Sequence[str]) -> list[str]:
-    """The arguments with recipes as paths first, then the data set, which replaces another one of the recipe."""
-    configs: list[Path] = []
-    others: list[str] = []
-    out = data = None
-    waiting = iter(arguments)
-    for argument in waiting:
-        option, equals, value = argument.partition("=")
-        if option not in ("-c", "--config", "--data", "--optimizer", "--out"):
-            others.append(argument)
-            continue
-        value = value if equals else next(waiting, "")
-        if not value or value.startswith("--"):
-            raise ConfigError(f"{option}: expected a value")
-        if option in ("-c", "--config"):
-            configs.append(recipe_path(value))
-        elif option == "--data":
-            data = value
-        else:
-            others += [option, value]
-            out = value if option == "--out" else out
-        if option == "--optimizer":
-            _check_optimizer(value)
-    if not configs and out is not None and Path(out, CONFIG).is_file():
-        configs = [Path(out, CONFIG)]
-    given = [text for path in configs for text in ("--config", str(path))]
-    of_recipes = [name for name in map(_data_name, configs) if name is not None]
-    if data is not None and of_recipes[-1:] != [data]:
-        given += ["--data", json.dumps({"name": data})]
-    return given + others
+def _wait_for(what: str, shown: bool) -> None:
+    """Say what takes a while."""
+    if shown:
+        print(f"{what} ...", file=sys.stderr, flush=True)
 
 
-def _data_name(path: Path) -> Any:
-    """The data set that a file of settings names."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
-    data = content.get("data") if isinstance(content, dict) else None
-    return data.get("name") if isinstance(data, dict) else None
-
-
-def _check_optimizer(name: str) -> None:
-    """Refuse a plain name that is not one of torch's."""
-    from torch import optim
-
-    classes = [value for value in vars(optim).values() if isinstance(value, type)]
-    known = [one.__name__ for one in classes if issubclass(one, optim.Optimizer)]
-    if name.isidentifier() and name not in known:
-        raise ConfigError(f"--optimizer: torch.optim has no {name}. {nearest(name, known)}")
-
-
-def _fit(cli: TrainingCLI) -> int:
+def _fit(cli: TrainingCLI, shown: bool) -> int:
+    from netdeconv.lab.training.output import diverged, ending
     from netdeconv.lab.training.signature import check_checkpoint
 
     checkpoint = find_checkpoint(cli.out, cli.ckpt_path, order=("last",))
     trainer, module = cli.trainer, cli.model
     parameters = sum(p.numel() for p in module.net.parameters())
-    done = None if checkpoint is None else check_checkpoint(checkpoint, module, cli.about)
+    done = None
+    if checkpoint is not None:
+        done = check_checkpoint(checkpoint, content_of(checkpoint), module, cli.about)
     if not cli.config.trainer.fast_dev_run:
         check_same_settings(cli.out, cli.text)
         if trainer.is_global_zero:
@@ -204,14 +184,31 @@ def _fit(cli: TrainingCLI) -> int:
                 processes=trainer.world_size,
             )
     if trainer.is_global_zero:
-        about = f"{cli.about['network']}, norm {cli.about['norm']}, {parameters / 1e6:.2f} M parameters"
+        about = f"{cli.about['network']}, norm {cli.about['norm']}, {parameters:,} parameters"
         begun = "" if checkpoint is None else f", going on from {checkpoint}"
         print(f"{cli.out}: {about}, {cli.config.data['name']}{begun}", flush=True)
+        if cli.config.compile:
+            print("the network is compiled in the first steps, which takes a minute or more", flush=True)
+        _wait_for(f"reading the images of {cli.config.data['name']}", shown)
     trainer.fit(module, datamodule=cli.datamodule, ckpt_path=_path(checkpoint), weights_only=True)
-    if trainer.is_global_zero and trainer.global_step == (done or 0):
-        before = "" if done is None else f"finished before, after {trainer.current_epoch} epochs; "
-        print(f"{cli.out}: {before}nothing was done")
-    return 0
+    if trainer.is_global_zero:
+        if trainer.global_step == (done or 0):
+            before = "" if done is None else f"finished before, after {trainer.current_epoch} epochs; "
+            print(f"{cli.out}: {before}nothing was done")
+        if cli.history.rows:
+            mode = cli.config.checkpoint.mode
+            print(ending(trainer, cli.history.rows, monitor=cli.monitor, mode=mode, folder=cli.out))
+        if cli.config.trainer.fast_dev_run:
+            print("a trial of single batches is done; nothing was written")
+    if (epoch := diverged(cli.history.rows)) is None:
+        return 0
+    if trainer.is_global_zero:
+        print(
+            f"netdeconv fit: the loss is NaN from epoch {epoch} on: the training diverged. "
+            "Try a lower --optimizer.lr, and another --out",
+            file=sys.stderr,
+        )
+    return DIVERGED
 
 
 def _evaluate(cli: TrainingCLI, command: str) -> int:
@@ -221,7 +218,10 @@ def _evaluate(cli: TrainingCLI, command: str) -> int:
     if checkpoint is None and cli.ckpt_path is None:
         raise ConfigError(f"expected a checkpoint in {cli.out}, found none. Give --out, --ckpt_path, or run fit first")
     if checkpoint is not None:
-        check_checkpoint(checkpoint, cli.model, cli.about)
+        content = content_of(checkpoint)
+        check_checkpoint(checkpoint, content, cli.model, cli.about)
+        if cli.trainer.is_global_zero:  # standard output has the numbers alone
+            print(f"netdeconv {command}: {checkpoint}{place(content)}", file=sys.stderr)
     evaluate: Any = getattr(cli.trainer, command)
     results = evaluate(
         cli.model, datamodule=cli.datamodule, ckpt_path=_path(checkpoint), weights_only=True, verbose=False

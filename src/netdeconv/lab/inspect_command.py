@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from netdeconv import ConfigError, NumericalError, ShapeError, StatisticsWarning, calibrate
 from netdeconv.lab.names import nearest
 from netdeconv.lab.norms import NORMS
+from netdeconv.lab.saved import Saved, find_saved
 
 __all__ = ["add_arguments", "run"]
 
@@ -32,15 +33,15 @@ class _Subject:
     whitening: dict[str, Any]
     data: dict[str, Any]
     classes: int | None
-    checkpoint: Path | None
+    saved: Saved | None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument(
         "what",
-        metavar="CHECKPOINT|NETWORK",
-        help="run folder of netdeconv fit or a checkpoint in it, a state dict with --network, or a network by its name",
+        metavar="RUN|CHECKPOINT|NETWORK",
+        help="run folder of netdeconv fit or a checkpoint of one, a state dict with --network, or a network by name",
     )
     parser.add_argument("--network", metavar="NAME", help="network of a checkpoint that does not say so itself")
     parser.add_argument("--width", type=float, metavar="FACTOR", help="factor on its channels (default: 1)")
@@ -74,9 +75,9 @@ def run(args: argparse.Namespace) -> int:
     subject = _subject(args)
     images, about = _images(subject, args)
     net = _network(subject, about).eval()
-    state = f"weights of {subject.checkpoint}"
+    state = f"weights of {subject.saved}"
     try:
-        if subject.checkpoint is None:
+        if subject.saved is None:
             state = "random weights"
             if subject.norm.startswith("nd"):
                 calibrate(net, images)
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             warnings.simplefilter("error", StatisticsWarning)
             views = inspect_layers(net, images)
     except StatisticsWarning as error:
-        raise ConfigError(f"{subject.checkpoint}: was saved before the first training step: {error}") from error
+        raise ConfigError(f"{subject.saved}: was saved before the first training step: {error}") from error
     except (ShapeError, NumericalError, RuntimeError, ValueError, AssertionError) as error:
         size = "x".join(map(str, images.shape[1:]))
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -103,16 +104,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _subject(args: argparse.Namespace) -> _Subject:
-    path = Path(args.what)
-    folder, checkpoint = _checkpoint(path)
-    found: dict[str, Any] = {}
-    if checkpoint is not None:
-        found = {**(_settings(folder / "config.yaml") if folder is not None else {}), **_about(checkpoint)}
-    if checkpoint is None and args.network is not None:
+    saved = find_saved(args.what)
+    if saved is None and args.network is not None:
         raise ConfigError(f"{args.what}: expected a checkpoint with --network {args.network}, there is no such file")
-    name = args.network or found.get("network") or (args.what if checkpoint is None else None)
+    found = {} if saved is None else {**saved.settings, **saved.about}
+    name = args.network or found.get("network") or (args.what if saved is None else None)
     if name is None:
-        raise ConfigError(f"{path}: does not say of which network it is. Give --network, and --width and --norm")
+        raise ConfigError(f"{args.what}: does not say of which network it is. Give --network, and --width and --norm")
     data = dict(found.get("data") or {})
     if args.data is not None and args.data != data.get("name"):
         data = {"name": args.data}
@@ -123,43 +121,8 @@ def _subject(args: argparse.Namespace) -> _Subject:
         whitening=dict(found.get("whitening") or {}) if args.norm in (None, found.get("norm")) else {},
         data=data or {"name": _PHOTOGRAPHS},
         classes=args.classes or found.get("classes"),
-        checkpoint=checkpoint,
+        saved=saved,
     )
-
-
-def _checkpoint(path: Path) -> tuple[Path | None, Path | None]:
-    """The run folder, where there is one, and the file; neither for a name."""
-    if path.is_dir():
-        kept = [path / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
-        file = next((one for one in kept if one.is_file()), None)
-        if file is None:
-            raise ConfigError(f"{path}: expected a run folder of netdeconv fit, found no {kept[-1]}")
-        return path, file
-    if path.is_file():
-        folder = path.absolute().parent.parent
-        return (folder if (folder / "config.yaml").is_file() else None), path
-    if path.suffix in (".pt", ".pth", ".ckpt", ".bin") or (len(path.parts) > 1 and ":" not in str(path)):
-        raise ConfigError(f"{path}: expected a checkpoint, there is no such file")
-    return None, None
-
-
-def _about(checkpoint: Path) -> dict[str, Any]:
-    """What ``netdeconv fit`` has written into its checkpoints: network, width, norm and classes."""
-    from netdeconv.lab.checkpoint import read_checkpoint
-
-    content = read_checkpoint(checkpoint)
-    callbacks = content.get("callbacks") if isinstance(content, dict) else None
-    return dict((callbacks or {}).get("Signature", {}).get("about", {}))
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
-    return content if isinstance(content, dict) else {}
 
 
 def _images(subject: _Subject, args: argparse.Namespace) -> tuple[Tensor, dict[str, Any]]:
@@ -214,6 +177,6 @@ def _network(subject: _Subject, about: dict[str, Any]) -> nn.Module:
         torch.manual_seed(0)
         net = network(subject.network, subject.width, classes, **described)
     net = with_norm(net, subject.norm, subject.whitening, name=subject.network)
-    if subject.checkpoint is not None:
-        load_checkpoint(net, subject.checkpoint, norm=subject.norm, classes=classes)
+    if subject.saved is not None:
+        load_checkpoint(net, subject.saved.checkpoint, norm=subject.norm, classes=classes)
     return net

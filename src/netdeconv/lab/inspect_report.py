@@ -20,6 +20,7 @@ __all__ = ["describe", "layer_table", "whitening_filters_of", "write"]
 
 _DRAWN = 72  # features of a correlation matrix that are drawn
 _SHOWN = 32  # filters of the first layer
+_CHANNELS = {1: ("grey",), 3: ("red", "green", "blue")}
 
 _COLUMNS = [
     "layer", "kind", "features", "patches", "correlation", "pixels", "channels", "condition", "root residual", "age",
@@ -80,7 +81,7 @@ def write(out: Path, title: str, line: str, net: nn.Module, views: Sequence[Laye
     filters = _filters(net, views[0])
     if filters is not None:
         pictures.insert(0, ("filters.png", filters, "Filters of the first layer", _OF_FILTERS))
-    page = Page(title)
+    page = Page(title, wide=True)
     page.paragraph(line)
     table = layer_table(views)
     page.heading(table.title)
@@ -125,11 +126,12 @@ def _layers(views: Sequence[LayerView]) -> Figure:
         step = max(1, math.ceil(len(views) / 16))
         axes.set_xticks(range(0, len(views), step), [view.name for view in views][::step], rotation=40, ha="right")
         axes.tick_params(axis="x", labelsize=7)
-        axes.set_ylabel(label)
+        axes.set(xlabel="layer", ylabel=label)
         axes.legend(fontsize=8, frameon=False)
-        tidy(axes)
     figure.axes[0].set_ylim(0, None)
     figure.axes[1].set_yscale("log")
+    for axes in figure.axes:
+        tidy(axes)
     return figure
 
 
@@ -145,7 +147,9 @@ def _correlations(views: Sequence[LayerView]) -> Figure:
             matrix = responses.matrix[:_DRAWN, :_DRAWN].abs().numpy()
             picture = axes.imshow(matrix, vmin=0, vmax=1, cmap="cividis", interpolation="nearest")
             axes.set_title(f"{view.name}, {when}: mean {responses.correlation:.3f}", fontsize=9)
+            axes.set_xlabel("feature", fontsize=8)
             axes.tick_params(labelsize=7)
+        row[0].set_ylabel("feature (channel, then tap)", fontsize=8)
     figure.colorbar(picture, ax=grid, shrink=0.6, label="|correlation|")
     return figure
 
@@ -164,14 +168,15 @@ def _filters(net: nn.Module, view: LayerView) -> Figure | None:
     own = weight.detach()[:_SHOWN]
     columns = 8
     rows = math.ceil(len(own) / columns) + (centre is not None)
-    figure = Figure(figsize=(0.95 * columns, 0.95 * rows), dpi=130, layout="constrained")
+    figure = Figure(figsize=(1.05 * columns, 1.25 * rows), dpi=130, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
-    for i, kernel in enumerate(() if centre is None else centre):
-        _show(grid[0, i], kernel)
+    if centre is not None:
+        for axes, kernel, channel in zip(grid[0], centre, _CHANNELS[len(centre)], strict=False):
+            _show(axes, kernel, f"whitening\n{channel}")
     for i, kernel in enumerate(own):
-        _show(grid[i // columns + (centre is not None), i % columns], kernel)
+        _show(grid[i // columns + (centre is not None), i % columns], kernel, f"filter {i}")
     return figure
 
 
@@ -184,7 +189,8 @@ def whitening_filters_of(layer: Any) -> Tensor:
     return centre_filters(root.reshape(len(root), -1, *layer.kernel_size))
 
 
-def _show(axes: Any, kernel: Any) -> None:
+def _show(axes: Any, kernel: Any, title: str) -> None:
+    axes.set_title(title, fontsize=7, pad=2)
     values = kernel.permute(1, 2, 0).double().cpu().numpy()
     scaled = 0.5 + 0.5 * values / max(np.abs(values).max(), 1e-30)
     axes.imshow(scaled if scaled.shape[2] == 3 else scaled[:, :, 0], vmin=0, vmax=1, cmap="gray")

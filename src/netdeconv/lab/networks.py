@@ -11,7 +11,7 @@ from torch import nn
 from netdeconv import ConfigError, WhitenedConv2d, WhitenedLinear, WhiteningConfig, zoo
 from netdeconv.lab.names import nearest
 
-__all__ = ["NORMS", "TASKS", "SmallConvNet", "network", "network_names"]
+__all__ = ["NORMS", "TASKS", "SmallConvNet", "check_name", "network", "network_names"]
 
 NORMS = ("bn", "nd")  # of the small network
 TASKS = ("classification", "segmentation")
@@ -79,6 +79,20 @@ def network_names(task: str = "classification") -> list[str]:
         return own
     module = models if task == "classification" else models.segmentation
     return own + [f"{_TORCHVISION}{name}" for name in models.list_models(module=module)]
+
+
+def check_name(name: str) -> None:
+    """Refuse a network that there is not, without loading torchvision for one of the zoo.
+
+    Raises:
+        ConfigError: it has no network of this name for any task.
+    """
+    own = ["small", *zoo.NETWORKS]
+    if name.lower() in own:
+        return
+    known = list(dict.fromkeys(one for task in TASKS for one in network_names(task)))
+    if name.lower() not in known:
+        raise ConfigError(f"--network: there is no {name}. {nearest(name, known, listing=[*own, 'torchvision:NAME'])}")
 
 
 def _of_torchvision(name: str, width: float, classes: int, task: str) -> nn.Module:

@@ -16,6 +16,9 @@ html { scroll-behavior: smooth; }
 body { margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: break-word;
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
 main { max-width: 64rem; margin: 0 auto; padding: 1.5rem 1.1rem 3rem; }
+main.wide { max-width: 80rem; }
+main.wide th, main.wide td { padding: 0.25rem 0.4rem; font-size: 0.84rem; }
+main.wide table.sortable th:first-child, main.wide table.sortable td:first-child { min-width: 6rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0.4rem 0 0.6rem; }
 h2 { font-size: 1.25rem; line-height: 1.3; margin: 3rem 0 0.5rem; scroll-margin-top: 0.8rem; }
 h3 { font-size: 1rem; margin: 1.6rem 0 0.3rem; }

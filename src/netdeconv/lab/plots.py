@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 from torch import Tensor
 
 from netdeconv.inspect import centre_filters, mean_abs_offdiagonal
@@ -46,6 +47,9 @@ _PROFILE_COLOURS = ("#000000", "#009E73", "#CC79A7")
 _COLOURS = ("#0072B2", "#D55E00", *_PROFILE_COLOURS)
 _RING: dict[str, Any] = {"markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.5, "linestyle": "none"}
 _DPI = 130
+_AROUND_EPOCHS = 0.3  # left and right of the first and the last one
+# Numbers of a power of ten that get a tick on a logarithmic axis, by the largest over the smallest one on it.
+_STEPS = ((6.0, (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)), (200.0, (1.0, 2.0, 5.0)), (float("inf"), (1.0,)))
 
 
 def styles_of_norms(norms: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -104,8 +108,8 @@ def curves_figure(methods: Mapping[str, Mapping[str, Any]], target: float) -> Fi
     rates.xaxis.set_minor_formatter(NullFormatter())
     rates.set_xticklabels([f"{tick:g}" for tick in ticks])
     for axes, place in ((loss, "best"), (accuracy, "lower right"), (rates, "lower left")):
-        tidy(axes)
         axes.legend(loc=place, fontsize=8, frameon=False)
+        tidy(axes)
     return figure
 
 
@@ -125,12 +129,12 @@ def history_figure(rows: Sequence[Mapping[str, float]], title: str) -> Figure:
         for i, name in enumerate(names):
             epochs, values = zip(*((row["epoch"], row[name]) for row in rows if name in row), strict=True)
             style = {"color": _COLOURS[i % len(_COLOURS)], "marker": "os^Dv"[i % 5]}
-            axes.plot(epochs, values, label=name, markersize=3, linewidth=1.4, **style)
-        axes.set(xlabel="epoch", title=heading)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        tidy(axes)
+            axes.plot(epochs, values, label=name, markersize=4, linewidth=1.4, **style)
+        kinds = dict.fromkeys(name.partition("/")[2].replace("_", " ") for name in names)
+        axes.set(xlabel="epoch", ylabel=", ".join(kinds), title=heading)
         if names:
             axes.legend(fontsize=8, frameon=False)
+        tidy(axes)
     return figure
 
 
@@ -173,8 +177,8 @@ def filters_figure(images: Tensor, filters: Mapping[str, Tensor]) -> Figure:
     profile.axhline(0, color="0.45", linewidth=0.9)
     profile.set(xlabel="distance from the centre (pixels)", ylabel="green weight (share of the peak)")
     profile.set_title("Row through the green filter", fontsize=10)
-    tidy(profile)
     profile.legend(fontsize=8, frameon=False)
+    tidy(profile)
     return figure
 
 
@@ -228,7 +232,42 @@ def _rates(axes: Axes, method: Mapping[str, Any], style: Mapping[str, Any]) -> N
 
 
 def tidy(axes: Axes) -> None:
-    """A light grid behind the lines, and no frame above and to the right."""
+    """What all pictures have in common, for axes that are drawn and labelled.
+
+    A light grid behind the lines, no frame above and to the right; plain numbers on logarithmic axes; whole numbers on
+    an axis of epochs, also for a single one; a legend that lines do not strike through.
+    """
     axes.grid(True, color="0.9", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        if axis.get_scale() in ("log", "symlog"):
+            _plain_numbers(axis, limits)
+    if axes.get_xlabel() == "epoch":
+        low, high = axes.dataLim.intervalx
+        margin = max(_AROUND_EPOCHS, 0.03 * (high - low))
+        if np.isfinite(low):  # something is drawn
+            axes.set_xlim(low - margin, high + margin)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+    if (legend := axes.get_legend()) is not None:
+        legend.set_frame_on(True)
+        legend.get_frame().set(alpha=0.85, edgecolor="none", facecolor="white")
+
+
+def _plain(value: float) -> str:
+    """0.01, 2, 10000; beyond that 1e-4 and 1e5, which take less room."""
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:g}"
+    return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def _plain_numbers(axis: Axis, limits: tuple[float, float]) -> None:
+    """0.5, 1, 2 and not 5 x 10^-1, 10^0, 2 x 10^0; more of them where the axis has few powers of ten."""
+    axis.set_minor_formatter(NullFormatter())
+    if isinstance(axis.get_major_locator(), FixedLocator):  # ticks of the picture's own choice
+        return
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
+    low, high = sorted(limits)
+    if axis.get_scale() == "log" and getattr(axis.get_transform(), "base", 10) == 10 and low > 0:
+        steps = next(steps for most, steps in _STEPS if high / low <= most)
+        axis.set_major_locator(LogLocator(subs=steps, numticks=12))

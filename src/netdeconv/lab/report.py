@@ -74,10 +74,12 @@ class Page:
 
     Args:
         title: heading of the page and name of the window.
+        wide: for tables of many columns: the page takes the whole width of a window of 1280 pixels.
     """
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, *, wide: bool = False) -> None:
         self.title = title
+        self.wide = wide
         self._parts: list[str] = []
 
     def heading(self, text: str, *, anchor: str = "", below: bool = False) -> None:
@@ -130,11 +132,12 @@ class Page:
     def to_html(self) -> str:
         """The whole page."""
         title, body = html.escape(self.title), "\n".join(self._parts)
+        kind = ' class="wide"' if self.wide else ""
         return (
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f'<title>{title}</title>\n<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n</head>\n'
-            f"<body>\n<main>\n<h1>{title}</h1>\n{body}\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
+            f"<body>\n<main{kind}>\n<h1>{title}</h1>\n{body}\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
         )
 
 

@@ -63,7 +63,8 @@ def _memory_bars(axes: Axes, memory: Mapping[str, Any], what: str, title: str) -
 def _bars(axes: Axes, kinds: Sequence[str], values: Sequence[float], reach: Any = None) -> None:
     names = [CONTESTANTS[kind].replace(" ", "\n") for kind in kinds]
     bars = axes.bar(names, values, color=[_BARS[kind] for kind in kinds], yerr=reach, capsize=3)
-    axes.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=2, fontsize=9)
+    axes.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=2, fontsize=9,
+                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5}, zorder=3)  # fmt: skip
     axes.margins(y=0.12)
     axes.axhline(1, color="0.3", linewidth=0.9, linestyle=":")
     axes.tick_params(axis="x", labelsize=8)

@@ -98,9 +98,8 @@ class ImageFolderData(LightningDataModule):
         order = self._train.class_to_idx
         parts = {"train": _ClassFolders(self._train, training, order)}
         for part, otherwise in (("val", "test"), ("test", "val")):
-            folder = self._folder / part
-            folder = folder if folder.is_dir() else self._folder / otherwise
-            parts[part] = _ClassFolders(class_folders(folder, hint=self._hint), evaluation, order)
+            name = part if (self._folder / part).is_dir() or not (self._folder / otherwise).is_dir() else otherwise
+            parts[part] = _ClassFolders(class_folders(self._folder / name, hint=self._hint), evaluation, order)
         self.parts = parts
 
     def train_dataloader(self) -> FileBatches:

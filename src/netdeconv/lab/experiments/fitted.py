@@ -110,7 +110,7 @@ def fitted(workspace: Workspace, fit: Fit, arguments: Sequence[str]) -> dict[str
     Raises:
         KeyboardInterrupt: stopped.
     """
-    from netdeconv.lab.fit_command import run
+    from netdeconv.lab.fit_command import DIVERGED, run
 
     settled = [word for word in arguments if not word.startswith(tempfile.gettempdir())]
     about = hashlib.sha256(json.dumps([*settled, workspace.code]).encode()).hexdigest()[:8]
@@ -118,8 +118,8 @@ def fitted(workspace: Workspace, fit: Fit, arguments: Sequence[str]) -> dict[str
     with open(os.devnull, "w") as nowhere:
         told = sys.stderr if workspace.progress.show else nowhere
         with contextlib.redirect_stdout(told):
-            code = run("fit", [*arguments, "--out", str(folder), "--trainer.enable_progress_bar", "false"])
-    if code:
+            code = run("fit", [*arguments, "--out", str(folder), "--trainer.enable_progress_bar", "false"], quiet=True)
+    if code not in (0, DIVERGED):  # a rate that is too high is a result as well
         raise KeyboardInterrupt
     with (folder / "metrics.csv").open(newline="") as file:
         rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]

@@ -50,6 +50,7 @@ def present_fits(
 
 
 Group = tuple[str, float]
+_LARGE = 1e4  # a loss of a training that has diverged
 
 
 def _grouped(runs: Sequence[Mapping[str, Any]]) -> dict[Group, list[Mapping[str, Any]]]:
@@ -101,7 +102,10 @@ def _percent(values: Sequence[float]) -> str:
 
 
 def _number(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.3f}" if values else "diverged"
+    if not values:
+        return "diverged"
+    mean = statistics.fmean(values)
+    return f"{mean:.3f}" if abs(mean) < _LARGE else f"{mean:.1e}"
 
 
 def _verdict(groups: Mapping[Group, Sequence[Mapping[str, Any]]], measure: Measure) -> str:

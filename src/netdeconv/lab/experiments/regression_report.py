@@ -26,6 +26,7 @@ LEAST_SQUARES_RATES = (1.0, 1.5, 1.9, 1.99)
 LOGISTIC_RATES = (2.0, 5.0, 10.0, 15.0)
 _DATASETS = {"digits": "scikit-learn's digits", "mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
 NEAR = 0.01  # of the closed-form optimum
+_ROUNDING = 1e-12  # of sums in float64, as a share of the optimum
 
 
 def present(result: Mapping[str, Any]) -> Presentation:
@@ -131,6 +132,7 @@ def _or_infinity(value: float | None) -> float:
 def _percent(share: float | None) -> str:
     if share is None:
         return "diverged"
+    share = 0.0 if abs(share) < _ROUNDING else share
     return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 

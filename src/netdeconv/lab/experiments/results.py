@@ -153,9 +153,13 @@ def setting_line(record: Mapping[str, Any]) -> str:
     gpu = f"{place['gpu']}, " if record.get("device") == "cuda" else ""
     line = (
         f"{record['command']}; {gpu}{place['processor']}, {place['threads']} of {place['cores']} cores, torch "
-        f"{found['torch']}; {record['minutes']:.1f} minutes{busy}; code {record['code']}, {record['finished'][:10]}."
+        f"{found['torch']}; {_duration(record['minutes'])}{busy}; code {record['code']}, {record['finished'][:10]}."
     )
     return line if record["complete"] else f"{line} Not finished: these are the parts that are."
+
+
+def _duration(minutes: float) -> str:
+    return f"{60 * minutes:.0f} s" if minutes < 1 else f"{minutes:.1f} minutes"
 
 
 def text(outcome: Outcome) -> str:

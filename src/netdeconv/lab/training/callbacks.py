@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -68,13 +69,11 @@ class History(Callback):
     Args:
         folder: of the run.
         title: of the picture.
-        show: print a line for every epoch where no progress bar is drawn.
     """
 
-    def __init__(self, folder: Path, *, title: str, show: bool = True) -> None:
+    def __init__(self, folder: Path, *, title: str) -> None:
         self.folder = folder
         self.title = title
-        self.show = show
         self.rows: list[dict[str, float]] = []
         self.evaluated = False  # in this epoch; Lightning keeps the numbers of earlier ones
 
@@ -101,9 +100,6 @@ class History(Callback):
         self.rows = [*(old for old in self.rows if old["epoch"] < row["epoch"]), row]
         if trainer.is_global_zero:
             self.write()
-            if self.show and trainer.progress_bar_callback is None:
-                numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if "/" in name)
-                print(f"epoch {row['epoch']}: {numbers}", flush=True)
 
     def write(self) -> None:
         """Write the rows and the picture."""
@@ -113,6 +109,11 @@ class History(Callback):
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, fieldnames=list(names), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.rows)
+        writer.writerows({name: _plain(value) for name, value in row.items()} for row in self.rows)
         write_whole(self.folder / "metrics.csv", text.getvalue().encode())
         write_whole(self.folder / "curves.png", png(history_figure(self.rows, self.title)))
+
+
+def _plain(value: float) -> str:
+    """The shortest decimal that reads back as the same float32: 0.79, not 0.7900000214576721."""
+    return str(value) if isinstance(value, int) else str(np.float32(value))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, instantiate_class
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.optim import Optimizer
@@ -15,9 +16,10 @@ from torch.optim import Optimizer
 from netdeconv import ConfigError
 from netdeconv.lab.schedules import Schedule
 from netdeconv.lab.training.callbacks import EndTogether, History, SeededSteps
-from netdeconv.lab.training.folder import CONFIG
+from netdeconv.lab.training.options import Checkpoints, Network
+from netdeconv.lab.training.output import EpochLines, LossBar
 from netdeconv.lab.training.saving import FolderCheckpoint, StepCheckpoint, WholeFiles
-from netdeconv.lab.training.settings import Checkpoints, Network, build_data, build_task, resolved_data
+from netdeconv.lab.training.settings import build_data, build_task, resolved_data
 from netdeconv.lab.training.signature import Signature
 
 __all__ = ["TrainingCLI"]
@@ -37,6 +39,8 @@ class TrainingCLI(LightningCLI):
         out: run folder.
         about: what the network is, see :class:`Signature`.
         text: the resolved settings, as YAML.
+        history: the numbers of every epoch.
+        monitor: the logged number that decides which epoch is the best.
 
     Raises:
         ConfigError: settings that cannot be meant.
@@ -78,11 +82,6 @@ class TrainingCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def before_instantiate_classes(self) -> None:
-        if self.command != "fit" and self.config.out is not None and "name" not in self.config.data:
-            raise ConfigError(
-                f"--out {self.config.out}: expected the folder of a run, with its {CONFIG}, found none there. "
-                "Give the --out of  netdeconv fit,  or --config and --ckpt_path"
-            )
         self.config.data = resolved_data(dict(self.config.data))
         seed = self.config.seed_everything
         if self.config.data.get("seed") == 0 and isinstance(seed, int) and not isinstance(seed, bool):
@@ -105,17 +104,25 @@ class TrainingCLI(LightningCLI):
             "norm": network.norm,
             "classes": data.num_classes,
         }
+        self.history = History(self.out, title=", ".join(str(self.about[name]) for name in ("network", "norm")))
+        part = self.model.parts[0]
+        self.monitor = config.checkpoint.monitor or f"{part}/{next(iter(self.model.measures[part]))}"
         self.trainer = self.instantiate_trainer()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what the run folder needs where its options do not say otherwise."""
         config = {**self.config_init.trainer.as_dict(), **kwargs}
+        config["callbacks"] = _listed(config["callbacks"])
         if config["enable_progress_bar"] is None:
             config["enable_progress_bar"] = sys.stdout.isatty()
+        if config["enable_progress_bar"] and not any(isinstance(one, ProgressBar) for one in config["callbacks"]):
+            config["callbacks"].append(LossBar())
         if config["enable_model_summary"] is None:
             config["enable_model_summary"] = False
         if config["default_root_dir"] is None:
             config["default_root_dir"] = str(self.out)
+        if self.command != "fit" and config["logger"] is None:
+            config["logger"] = False  # an evaluation leaves the run folder as it is
         if config["logger"] in (None, True) and not config["fast_dev_run"]:
             config["logger"] = [
                 TensorBoardLogger(self.out, name="logs", version="tensorboard", default_hp_metric=False),
@@ -123,30 +130,28 @@ class TrainingCLI(LightningCLI):
             ]
         if not any(name in str(config["strategy"]).lower() for name in _OWN_FILES):
             config["plugins"] = [*_listed(config["plugins"]), WholeFiles()]
-        config["callbacks"] = [*_listed(config["callbacks"]), *self._callbacks(config)]
+        config["callbacks"] += self._callbacks(config)
         try:
             return self.trainer_class(**config)
         except ValueError as error:  # e.g. names of accelerators and strategies that there are not
             raise ConfigError(f"--trainer: {error}") from error
 
     def _callbacks(self, config: dict[str, Any]) -> list[Callback]:
+        checkpoint: Checkpoints = self.config_init.checkpoint
         seed = self.config.seed_everything
-        callbacks: list[Callback] = [Signature(self.about), EndTogether()]
+        callbacks: list[Callback] = [Signature(self.about, self.text), EndTogether()]
         if seed is not False:
             callbacks.append(SeededSteps(int(seed)))
         if config["fast_dev_run"]:
             return callbacks
-        callbacks.append(History(self.out, title=", ".join(str(self.about[name]) for name in ("network", "norm"))))
+        callbacks += [self.history, EpochLines(self.history)]
         if config["enable_checkpointing"] is False:
             return callbacks
-        checkpoint: Checkpoints = self.config_init.checkpoint
         place: dict[str, Any] = {"dirpath": self.out.absolute() / "checkpoints", "enable_version_counter": False}
-        part = self.model.parts[0]
-        monitor = checkpoint.monitor or f"{part}/{next(iter(self.model.measures[part]))}"
         return [
             *callbacks,
             FolderCheckpoint(
-                filename="best", monitor=monitor, mode=checkpoint.mode, save_on_train_epoch_end=True, **place
+                filename="best", monitor=self.monitor, mode=checkpoint.mode, save_on_train_epoch_end=True, **place
             ),
             FolderCheckpoint(filename="last", every_n_epochs=1, save_on_train_epoch_end=True, **place),
             StepCheckpoint(filename="last", every_n_train_steps=checkpoint.every_n_steps, **place),

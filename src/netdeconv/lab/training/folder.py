@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import netdeconv
 from netdeconv import ConfigError
 from netdeconv.lab.store import read_json, versions, write_json, write_whole
 
-__all__ = ["CONFIG", "check_same_settings", "find_checkpoint", "note_start", "write_config"]
+__all__ = ["CONFIG", "begun", "check_same_settings", "find_checkpoint", "note_start", "write_config"]
 
 CONFIG = "config.yaml"
 
@@ -38,6 +37,11 @@ def write_config(folder: Path, config: str) -> None:
     write_whole(folder / CONFIG, config.encode())
 
 
+def begun(folder: Path) -> bool:
+    """Whether a training has come to its first checkpoint or its first epoch's end in the folder."""
+    return (folder / "metrics.csv").is_file() or find_checkpoint(folder, None, order=("last", "best")) is not None
+
+
 def check_same_settings(folder: Path, config: str) -> None:
     """Refuse to go on in a folder that holds a run with other settings.
 
@@ -46,9 +50,10 @@ def check_same_settings(folder: Path, config: str) -> None:
     Raises:
         ConfigError: they differ in something that the weights depend on.
     """
+    import yaml
+
     path = folder / CONFIG
-    begun = (folder / "metrics.csv").is_file() or find_checkpoint(folder, None, order=("last", "best")) is not None
-    if not begun or not path.is_file():
+    if not begun(folder) or not path.is_file():
         return
     try:
         before, now = _flat(yaml.safe_load(path.read_text(encoding="utf-8"))), _flat(yaml.safe_load(config))

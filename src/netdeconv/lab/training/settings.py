@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,57 +16,9 @@ from netdeconv.lab.norms import with_norm
 from netdeconv.lab.schedules import Schedule
 from netdeconv.lab.tasks import Classification, Segmentation, Task
 from netdeconv.lab.training.messages import in_one_line
+from netdeconv.lab.training.options import Network
 
-__all__ = ["Checkpoints", "Network", "build_data", "build_network", "build_task", "resolved_data"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Network:
-    """The network and how it is run.
-
-    Args:
-        network: small, a network of the zoo, or torchvision:NAME.
-        width: factor on the channels.
-        norm: normalisation: bn, nd, nd-paper, nd-authors, gn, ln, in, none.
-        whitening: settings of WhiteningConfig that differ from the norm's own, e.g. --whitening.update_every 4.
-        smoothing: label smoothing, for classification.
-        aux_weight: of the auxiliary head's loss, for segmentation.
-        aux_rate_factor: on the auxiliary head's learning rate, for segmentation.
-        compile: compile the network with torch.compile.
-        channels_last: store images and weights with the channels last.
-    """
-
-    network: str = "small"
-    width: float = 1.0
-    norm: str = "nd"
-    whitening: dict[str, Any] = dataclasses.field(default_factory=dict)
-    smoothing: float = 0.0
-    aux_weight: float = 0.5
-    aux_rate_factor: float = 10.0
-    compile: bool = False
-    channels_last: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Checkpoints:
-    """When to save, and what the best checkpoint is.
-
-    Args:
-        every_n_steps: optimizer steps between two saves of the last checkpoint, which is saved after every epoch too.
-        monitor: logged number that decides which checkpoint is the best; of the evaluation's measures the first one
-            if not given.
-        mode: max or min, what is better.
-    """
-
-    every_n_steps: int = 500
-    monitor: str | None = None
-    mode: str = "max"
-
-    def __post_init__(self) -> None:
-        if self.every_n_steps < 1:
-            raise ConfigError(f"expected checkpoint.every_n_steps of at least 1, got {self.every_n_steps}")
-        if self.mode not in ("max", "min"):
-            raise ConfigError(f"expected checkpoint.mode max or min, got {self.mode!r}")
+__all__ = ["Network", "build_data", "build_network", "build_task", "resolved_data"]
 
 
 def resolved_data(options: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from netdeconv import ConfigError
-from netdeconv.lab.checkpoint import difference, read_checkpoint
+from netdeconv.lab.checkpoint import difference
 
 __all__ = ["Signature", "check_checkpoint"]
 
@@ -21,14 +21,16 @@ class Signature(Callback):
 
     Args:
         about: ``network``, ``width``, ``norm`` and ``classes``.
+        settings: all of them, as YAML, so that a checkpoint can be used without its folder.
     """
 
-    def __init__(self, about: Mapping[str, Any]) -> None:
+    def __init__(self, about: Mapping[str, Any], settings: str) -> None:
         self.about = dict(about)
+        self.settings = settings
         self.steps: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"about": self.about, "steps": self.steps}
+        return {"about": self.about, "steps": self.steps, "settings": self.settings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.steps = state_dict["steps"]
@@ -43,16 +45,21 @@ class Signature(Callback):
         self.steps = steps
 
 
-def check_checkpoint(path: Path, module: LightningModule, about: Mapping[str, Any]) -> int:
+def check_checkpoint(path: Path, content: Any, module: LightningModule, about: Mapping[str, Any]) -> int:
     """Refuse a checkpoint that the module cannot load.
+
+    Args:
+        path: the file, for the message.
+        content: what is in it.
+        module: to be loaded.
+        about: what the module is, see :class:`Signature`.
 
     Returns:
         Optimizer steps that it has behind it.
 
     Raises:
-        ConfigError: damaged, of another kind, or of another network.
+        ConfigError: of another kind, or of another network.
     """
-    content = read_checkpoint(path)
     state = content.get("state_dict") if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping) or "loops" not in content:
         raise ConfigError(f"{path}: expected a checkpoint of netdeconv fit, got a file with something else in it")
