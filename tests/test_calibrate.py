@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import netdeconv
-from netdeconv import ConfigError, NonFiniteWarning, NumericalError, StatisticsError, WhiteningConfig
+from netdeconv import (
+    ConfigError,
+    NonFiniteWarning,
+    NumericalError,
+    StatisticsError,
+    WhitenedConv2d,
+    WhitenedLinear,
+    WhiteningConfig,
+)
 from netdeconv.functional import corner_patches
 from netdeconv.zoo import create
 
@@ -304,3 +313,40 @@ def test_single_rows_are_left_out_while_the_first_pass_whitens() -> None:
     with torch.no_grad():
         outputs = [model.eval()(images).std() for model in (whole, single)]
     assert 0.2 < float(outputs[1] / outputs[0]) < 5  # 200 where a row of its own is a covariance
+
+
+class Direct(nn.Module):
+    """A network that calls the forward of its layer as a function, past its hooks."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer.forward(x)
+
+
+@pytest.mark.parametrize("how", ["compiled in place", "compiled", "direct"])
+def test_it_reaches_what_hooks_on_layers_do_not(how: str) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(WhitenedConv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), WhitenedLinear(16, 2))
+    x = torch.randn(8, 3, 4, 4)
+    plain(x)
+    model: Any = copy.deepcopy(plain)
+    if how == "compiled in place":
+        model.compile(backend="eager")
+    elif how == "compiled":
+        model = torch.compile(model, backend="eager")
+    else:
+        model = nn.Sequential(*(Direct(layer) if hasattr(layer, "whitening") else layer for layer in model))
+    model.eval()
+    with torch.no_grad():
+        model(x)  # compiled, where it is, before the data are looked at
+    netdeconv.calibrate(model, x)
+    netdeconv.calibrate(plain.eval(), x)
+    for ours, theirs in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x))
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    torch._dynamo.reset()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from netdeconv.errors import ConfigError, NumericalError, StatisticsError
+from netdeconv.errors import ConfigError, NumericalError, StatisticsError, StatisticsWarning
 from netdeconv.nn import ChannelWhitening, Whitening
 from netdeconv.nn.layer import WhitenedLayer
 from netdeconv.surgery.batches import batches, run_batch
 from netdeconv.surgery.modes import evaluating, training_branches
-from netdeconv.surgery.statistics import Gatherer, input_rows, remember, varies
+from netdeconv.surgery.statistics import Gatherer, remember, varies
 
 __all__ = ["calibrate"]
 
@@ -112,25 +113,25 @@ def _gather(
     """The statistics of what these layers see; with ``own`` they whiten a batch by the batch's own meanwhile."""
     gatherers = {layer: Gatherer(whitening, every_position=True) for layer, whitening in layers.items()}
 
-    def gather(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
-        gatherer = gatherers[layer]
-        flat = x.flatten(2) if isinstance(layer, ChannelWhitening) and x.dim() > 2 else x
-        flat = flat.unsqueeze(-1) if isinstance(layer, ChannelWhitening) and x.dim() == 2 else flat
-        rows = input_rows(flat, gatherer.whitening.window)
-        moments = gatherer.add(rows)
+    of_whitening = {gatherer.whitening: gatherer for gatherer in gatherers.values()}
+
+    def gather(whitening: nn.Module, args: tuple[Any, ...]) -> None:
+        (x,) = args
+        gatherer = of_whitening[whitening]  # type: ignore[index]
+        moments = gatherer.add(x)
         if own and moments is not None:
-            if len(rows) == 1 or not varies(moments):  # by its own mean, one image is pooled to a constant
+            if len(x) == 1 or not varies(moments):  # by its own mean, one image is pooled to a constant
                 moments = gatherer.moments()
             if varies(moments):
                 remember(gatherer.whitening, moments, 1)
-            else:
-                gatherer.whitening.num_updates.clamp_(min=1)
 
-    handles = [layer.register_forward_pre_hook(gather, with_kwargs=True) for layer in layers]
+    # A layer's forward calls its whitening, also where the forward is called as a function; a compiled one does not.
+    handles = [whitening.register_forward_pre_hook(gather) for whitening in of_whitening]
     try:
-        for batch in batches(data):
-            run_batch(model, batch, call)
+        with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", StatisticsWarning)  # they are about to be there
+            for batch in batches(data):
+                run_batch(model, batch, call)
     finally:
         for handle in handles:
             handle.remove()

@@ -210,7 +210,6 @@ def remember(whitening: Whitening, moments: Gathered, updates: int) -> None:
     """
     if not moments.covs:  # training on larger maps, should it come, starts anew
         whitening.reset_statistics()
-        whitening.num_updates.fill_(1)
         whitening.train(whitening.training)
         return
     roots = [whitening.estimator.root_of(cov) for cov in moments.covs]
