@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from netdeconv import WhitenedConv2d, WhiteningConfig
-from netdeconv.functional.constants import cached_constant
+from netdeconv.functional.tracing import cached_constant
 
 
 def counted() -> tuple[list[int], object]:

@@ -146,7 +146,7 @@ def kept() -> list[Any]:
     """All that our modules keep in caches."""
     wrappers = [value for value in gc.get_objects() if type(value) is functools._lru_cache_wrapper]
     ours = [value for value in wrappers if str(value.__module__).startswith("netdeconv.")]
-    assert sum(value.__module__ == "netdeconv.functional.constants" for value in ours) >= 3
+    assert sum(value.__module__ == "netdeconv.functional.tracing" for value in ours) >= 3
     return ours
 
 

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from netdeconv import ConfigError, WhiteningConfig
 from netdeconv import reference as ref
 from netdeconv.functional import inverse_sqrt
-from netdeconv.functional.constants import without_caching
 from netdeconv.functional.isqrt import chosen_solver
 from netdeconv.functional.polynomials import chebyshev, newton_schulz, quintics
+from netdeconv.functional.tracing import without_caching
 
 # Largest relative error of the gain over all eigenvalues, as stated beside the coefficients. One step is linear and two
 # are of degree 4: the polynomial is the map itself, and rounding is a few times 1e-16.

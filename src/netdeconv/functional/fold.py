@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import Function
 
-from netdeconv.functional.onlookers import watched
 from netdeconv.functional.precision import as_dtype, at_least_float32, without_autocast
+from netdeconv.functional.tracing import transformed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,7 +45,7 @@ def fold(
         spread, exact_roots = blocks.spread_mean(as_dtype(mean, dtype)), [as_dtype(root, dtype) for root in roots]
         exact_scale = None if scale is None else as_dtype(scale, dtype)
         recorded = [exact_weight, *exact_roots, *(() if exact_scale is None else (exact_scale,))]
-        fold_in = _Fold.apply if _recorded(*recorded) and not watched() else _plain_fold
+        fold_in = _Fold.apply if _recorded(*recorded) and not transformed() else _plain_fold
         folded, shifted = fold_in(blocks, exact_weight, exact_bias, spread, exact_scale, *exact_roots)
     return as_dtype(folded, weight.dtype), as_dtype(shifted, weight.dtype)
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function
 
-from netdeconv.functional.constants import cached_constant
 from netdeconv.functional.polynomials import chebyshev_gradient, chebyshev_stages
 from netdeconv.functional.precision import without_autocast
+from netdeconv.functional.tracing import cached_constant
 
 __all__ = ["whitened_linear"]
 

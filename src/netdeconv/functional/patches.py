@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from netdeconv.functional.constants import cached_constant
 from netdeconv.functional.precision import at_least_float32, without_autocast
+from netdeconv.functional.tracing import cached_constant
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

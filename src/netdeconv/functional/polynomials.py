@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from netdeconv.functional.constants import cached_constant, caching_is_unsafe
+from netdeconv.functional.tracing import cached_constant, caching_is_unsafe
 
 __all__ = [
     "CHEBYSHEV",

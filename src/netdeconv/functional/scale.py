@@ -7,9 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from netdeconv.functional.constants import cached_constant
-from netdeconv.functional.onlookers import traced
 from netdeconv.functional.precision import as_dtype, at_least_float32, without_autocast
+from netdeconv.functional.tracing import cached_constant, traced
 
 __all__ = [
     "LEAST_SHARE",

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from netdeconv.config import WhiteningConfig
-from netdeconv.functional.onlookers import batched
 from netdeconv.functional.precision import at_least_float32
+from netdeconv.functional.tracing import batched
 
 __all__ = ["Count", "blend", "blended", "blended_root", "refresh_weight", "update_share", "update_weight"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from netdeconv.functional import Moments, varies, what_varies
-from netdeconv.functional.onlookers import traced
+from netdeconv.functional.tracing import traced
 from netdeconv.nn.estimator import Estimator
 from netdeconv.nn.refresh import all_finite, chosen
 from netdeconv.nn.running import Batch, RunningStatistics

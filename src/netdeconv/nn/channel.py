@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from netdeconv.errors import ShapeError
 from netdeconv.functional import Window
-from netdeconv.functional.onlookers import as_leaf, is_symbol
 from netdeconv.functional.precision import without_autocast
+from netdeconv.functional.tracing import as_leaf, is_symbol
 from netdeconv.nn.layer import check_at_least_one, check_channels, check_floating
 from netdeconv.nn.whitening import Whitening
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from netdeconv.errors import ShapeError
 from netdeconv.functional import Geometry, Window, whitened_convolution
-from netdeconv.functional.onlookers import as_leaf, is_symbol, traced
+from netdeconv.functional.tracing import as_leaf, is_symbol, traced
 from netdeconv.nn.layer import WhitenedLayer, check_channels, check_conv_arguments, check_fits, check_floating
 from netdeconv.nn.whitening import Whitening
 

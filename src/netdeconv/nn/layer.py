@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from netdeconv.errors import ShapeError
 from netdeconv.functional import Window, fold
-from netdeconv.functional.onlookers import traced
+from netdeconv.functional.tracing import traced
 from netdeconv.nn.cache import FoldCache
 from netdeconv.nn.whitening import Statistics, Whitening
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from netdeconv.errors import ShapeError
 from netdeconv.functional import Window, whitened_linear
-from netdeconv.functional.onlookers import as_leaf, is_symbol
+from netdeconv.functional.tracing import as_leaf, is_symbol
 from netdeconv.nn.layer import WhitenedLayer, check_at_least_one, check_channels, check_floating
 from netdeconv.nn.whitening import Whitening
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from netdeconv.config import WhiteningConfig
 from netdeconv.functional import Moments, varies
-from netdeconv.functional.constants import without_caching
+from netdeconv.functional.tracing import without_caching
 from netdeconv.nn.averages import Count, blended, blended_root, refresh_weight, update_weight
 from netdeconv.nn.estimator import Estimator
 

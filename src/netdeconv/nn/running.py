@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from netdeconv.config import WhiteningConfig
 from netdeconv.errors import NonFiniteWarning, StatisticsWarning
 from netdeconv.functional import Blocks, Slope, Window
-from netdeconv.functional.onlookers import traced
+from netdeconv.functional.tracing import traced
 from netdeconv.nn.averages import blend, update_share, update_weight
 from netdeconv.nn.estimator import Estimator
 from netdeconv.nn.refresh import Counters, chosen

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from netdeconv.functional.tracing import readable
 
 __all__ = ["Clock", "interval"]
 
@@ -75,7 +76,7 @@ class Clock:
             num_updates: counts refreshes.
             look: read them wherever they are.
         """
-        if not _readable(num_steps):
+        if not readable(num_steps):
             return
         on_cpu, mark = num_steps.device.type == "cpu", _mark(num_steps)
         if not (on_cpu or look or mark is None or self._seen != mark):
@@ -98,7 +99,7 @@ class Clock:
     def tick(self) -> None:
         """One compiled training step has begun, and the buffer is about to be told."""
         owner = self._owner()
-        if owner is not None and owner.num_steps.device.type == "cpu" and _readable(owner.num_steps):
+        if owner is not None and owner.num_steps.device.type == "cpu" and readable(owner.num_steps):
             steps = int(owner.num_steps)
             if steps not in (self.steps, self.steps + 1):
                 self.set(steps)
@@ -110,15 +111,9 @@ class Clock:
         self.updated = updated
 
 
-def _readable(counter: Tensor) -> bool:
-    """Whether it has a number, and Python may ask for it."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(counter)
-    return not (counter.is_meta or wrapped or is_in_torch_dispatch_mode())
-
-
 def _mark(counter: Tensor) -> tuple[int, int] | None:
     """What tells that nobody has written to it; ``None`` where nothing does."""
-    if counter.is_inference() or not _readable(counter):
+    if counter.is_inference() or not readable(counter):
         return None
     return counter.data_ptr(), counter._version
 

@@ -14,8 +14,8 @@ from netdeconv.config import WhiteningConfig
 from netdeconv.errors import StatisticsError
 from netdeconv.functional import Window, what_varies
 from netdeconv.functional.isqrt import solves_by_chebyshev
-from netdeconv.functional.onlookers import batched, traced
 from netdeconv.functional.precision import at_least_float32
+from netdeconv.functional.tracing import batched, traced
 from netdeconv.nn.batch import BatchStatistics
 from netdeconv.nn.calls import Call, Calls, in_backward, may_be_repeated
 from netdeconv.nn.estimator import Estimator
@@ -123,7 +123,8 @@ class Whitening(BatchStatistics):
             return self._repeated(x, by_hand)
         if not (compiling or (shared and self._agreed and self.num_steps.device.type != "cpu")):
             self._clock.follow(self.num_steps, self.num_updates)
-            self._agreed = shared  # DistributedDataParallel writes to the buffers at every step, the same everywhere
+            if shared != self._agreed:
+                self._agreed = shared  # DistributedDataParallel writes to the buffers at every step
         if batched(x) and not batched(self.running_mean):
             raise StatisticsError(
                 f"{self.label}: expected one batch, or buffers for each (torch.func.stack_module_state), got several "

@@ -39,7 +39,9 @@ def contestant(kind: str, settings: MemorySettings) -> nn.Module:
     """The network of this kind, one of :data:`CONTESTANTS`; always the same for one seed."""
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        base = network(settings.network, settings.width, settings.classes)
+        # "small" is made for its images; other networks take any.
+        size = (settings.network, settings.width, settings.classes)
+        base = network(*size, in_channels=3, image_size=settings.size)
     if kind == "batchnorm":
         return base
     if kind == "floor":
