@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from netdeconv.functional.precision import as_dtype, at_least_float32, without_autocast
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -17,13 +19,16 @@ __all__ = ["FoldCache"]
 Folded = tuple["Tensor", "Tensor"]
 Mark = tuple["Tensor", int, "Tensor"]
 
+_SMALL = 2**14  # numbers, up to which a copy to compare with is cheaper than a product
+
 
 class FoldCache:
     """The last folded weight and bias, and what they were made of.
 
-    A tensor is taken for unchanged when it is the same memory, its version counter is the same, and so is its
-    product with a fixed random vector. The product, one pass over the weights, is what notices changes through
-    ``.data``, which no counter counts; a change too small for it is a rounding error in the output as well.
+    A tensor is taken for unchanged when it is the same memory, its version counter is the same, and so are its values
+    or, of a large one, its product with a fixed random vector. The values, one pass over the weights, are what notices
+    changes through ``.data``, which no counter counts; a change too small for the product is a rounding error in the
+    output as well.
 
     On other devices than the CPU nothing is kept: there a comparison would have to wait for the device, and folding
     is quick. Copies and pickles of a layer start empty.
@@ -39,11 +44,16 @@ class FoldCache:
         """``compute()``, or what it returned last time if none of ``made_of`` has changed since."""
         if not all(_can_be_watched(tensor) for tensor in made_of):
             return compute()
-        kept, prints = self._kept, [_fingerprint(tensor) for tensor in made_of]
+        kept = self._kept
+        with without_autocast("cpu"):
+            prints = [_fingerprint(tensor) for tensor in made_of]
         if kept is not None and _unchanged(made_of, prints, kept[0]):
             return kept[1]
         # Aliases, so that their memory cannot be given to another tensor meanwhile.
-        marks = [(tensor.detach(), tensor._version, seen) for tensor, seen in zip(made_of, prints, strict=True)]
+        marks = [
+            (tensor.detach(), tensor._version, seen.clone() if _is_small(tensor) else seen)
+            for tensor, seen in zip(made_of, prints, strict=True)
+        ]
         folded = compute()
         self._kept = marks, folded  # both at once, for other threads and in case compute() fails
         return folded
@@ -67,12 +77,20 @@ def _can_be_watched(tensor: Tensor) -> bool:
     return plain and tensor.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def _is_small(tensor: Tensor) -> bool:
+    return tensor.numel() <= _SMALL or tensor.dim() < 2
+
+
 def _fingerprint(tensor: Tensor) -> Tensor:
-    """One number per row, in float32 at least. NaN is never equal to itself: weights with NaN are always folded."""
-    dtype = torch.promote_types(tensor.dtype, torch.float32)
-    rows = (tensor.detach().flatten(1) if tensor.dim() > 1 else tensor.detach().unsqueeze(1)).to(dtype)
-    with torch.autocast("cpu", enabled=False):
-        return rows @ _vector(rows.shape[1], dtype)
+    """A small tensor itself; of a large one a number per row, in float32 at least.
+
+    NaN is never equal to itself: weights with NaN are always folded.
+    """
+    constant = tensor.detach() if tensor.requires_grad else tensor
+    if _is_small(tensor):
+        return constant
+    dtype = at_least_float32(tensor.dtype)
+    return torch.mv(as_dtype(constant.flatten(1), dtype), _vector(constant[0].numel(), dtype))
 
 
 @functools.lru_cache(maxsize=64)

@@ -34,13 +34,13 @@ class WhitenedLayer(nn.Module):
     def whitened_parameters(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weight and bias that whiten x ``(N, C, *spatial)`` and then do what the layer does."""
         whitening = self.whitening
-        found = whitening(x, weight=self.weight)
-        if found is None:
-            return self.weight, self.bias
-        if (whitening.training and not whitening.frozen) or torch.is_grad_enabled() or traced():
-            return self._fold(found)
-        made_of = [self.weight, self.bias, found.mean, *found.roots, whitening.running_var]
-        return self._cache.folded([tensor for tensor in made_of if tensor is not None], lambda: self._fold(found))
+        if whitening.gathers_statistics() or torch.is_grad_enabled() or traced():
+            found = whitening(x, weight=self.weight)
+            return (self.weight, self.bias) if found is None else self._fold(found)
+        if whitening._forward_pre_hooks or whitening._forward_hooks:
+            whitening(x)  # for whoever wants to see its input
+        made_of = [self.weight, self.bias, *whitening.remembered_in()]
+        return self._cache.folded([tensor for tensor in made_of if tensor is not None], self.folded)
 
     def _fold(self, found: Statistics) -> tuple[Tensor, Tensor]:
         return fold(self.weight, self.bias, found.mean, found.roots, self.whitening.blocks, found.scale)

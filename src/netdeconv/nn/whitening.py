@@ -112,7 +112,7 @@ class Whitening(BatchStatistics):
             check_not_joining(self.label)
             known = (self.running_mean, self.running_mean if weight is None else weight)
             self._place = Place.of(self.label, self.estimator.serialized, self.num_steps, known)
-        if not self._gathering():
+        if not self.gathers_statistics():
             return self.remembered()
         if self._sees_single_pixels(x):
             return None
@@ -152,7 +152,7 @@ class Whitening(BatchStatistics):
         """Whether a step on the rows x is :func:`netdeconv.functional.whitened_linear`, if they have statistics."""
         config = self.config
         own = self.estimator.kind == "linear" and config.update_every == 1 and config.differentiable and config.debias
-        if not (own and self._gathering() and self.blocks.single and torch.is_grad_enabled()) or traced():
+        if not (own and self.gathers_statistics() and self.blocks.single and torch.is_grad_enabled()) or traced():
             return False
         if config.scale or config.sampling == "corner" or not solves_by_chebyshev(config.solver, config.num_iters):
             return False
@@ -192,14 +192,16 @@ class Whitening(BatchStatistics):
 
     def scales_alone(self) -> bool:
         """Whether a step now has one gradient through the statistics, that of the scale, and in this process only."""
-        return self._gathering() and bool(self.config.scale) and not (self.config.differentiable or self._shared())
+        alone = not (self.config.differentiable or self._shared())
+        return alone and self.gathers_statistics() and bool(self.config.scale)
 
-    def _gathering(self) -> bool:
+    def gathers_statistics(self) -> bool:
+        """Whether a batch that comes in now is looked at: in training, unless frozen."""
         return self.training and not self.frozen
 
     def tell_mode(self) -> None:
         """Let the other processes know whether statistics are gathered here; to be called after a change of that."""
-        self._told, self._checked = self._gathering(), False
+        self._told, self._checked = self.gathers_statistics(), False
         if self.gathers.is_inference() and not torch.is_inference_mode_enabled():
             self.gathers = self.gathers.clone()  # of a copy that was made in inference mode
         self.gathers.fill_(self._told)
@@ -212,11 +214,15 @@ class Whitening(BatchStatistics):
             self.tell_mode()
 
     def _check_mode(self) -> None:
-        if self._told != self._gathering():  # by an assignment to `training` or `frozen`, of which nobody was told
+        if self._told != self.gathers_statistics():  # `training` or `frozen` was assigned to
             self.tell_mode()
         elif not self._checked or self.gathers.device.type == "cpu":  # elsewhere, looking means waiting for the device
             check_same_mode(self._told, self.gathers, self.label)
             self._checked = True
+
+    def remembered_in(self) -> list[Tensor | None]:
+        """The buffers that :meth:`remembered` is made of."""
+        return [self.running_mean, self.running_var, *self._matrices("running_root")]
 
     def remembered(self) -> Statistics:
         """The running values, as evaluation uses them: the identity where none have been gathered, and a warning.
