@@ -341,6 +341,31 @@ def test_several_threads_may_be_the_first_to_run_a_model(norms: bool) -> None:
         torch.testing.assert_close(loaded(x), expected)
 
 
+def test_nothing_is_changed_before_all_threads_have_left() -> None:
+    inside, release = threading.Event(), threading.Event()
+
+    class Gate(nn.Module):
+        """The watched call waits for another to come in, which waits until it is let go."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            if threading.current_thread().name == "late":
+                inside.set()
+                assert release.wait(60)
+            elif not release.is_set():
+                late.start()
+                assert inside.wait(60)
+            return x
+
+    converted, x = netdeconv.convert(nn.Sequential(Gate(), TwoNormsOfOne(4))), torch.randn(2, 4, 6, 6)
+    late = threading.Thread(target=lambda: converted(x), name="late")
+    converted(x)
+    assert type(converted[1].first) is nn.BatchNorm2d
+    with pytest.warns(UserWarning, match=r"1.first is gone; 1.second is gone"):
+        release.set()
+        late.join()
+    assert type(converted[1].first) is not nn.BatchNorm2d and not hooks(converted)
+
+
 def test_compiling_and_exporting_pass_it_by() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     compiled = torch.compile(netdeconv.convert(model), backend="eager", fullgraph=True)
