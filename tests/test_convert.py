@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
 import netdeconv
 from netdeconv import ConfigError, WhitenedConv1d, WhitenedConv2d, WhitenedConv3d, WhitenedLinear, WhiteningConfig
 from netdeconv.nn import Whitening
+from netdeconv.surgery import Action
 from netdeconv.surgery.recognise import Clone
 from netdeconv.zoo import create
-from small_networks import BLOCKS, random_network
+from small_networks import BLOCKS, batch_norms, random_network
 
 EXACT_TOLERANCE = 1e-6  # float32: the same layers with identity statistics, folded
 
@@ -41,7 +44,7 @@ def without_batch_norms(model: nn.Module) -> nn.Module:
 
 
 def assert_only_batch_norms_went(model: nn.Module, x: Tensor) -> None:
-    converted = with_identity_statistics(netdeconv.convert(model))
+    converted = with_identity_statistics(netdeconv.convert(model, example=x))
     with torch.no_grad():
         torch.testing.assert_close(
             converted(x.clone()), without_batch_norms(model)(x.clone()), rtol=EXACT_TOLERANCE, atol=EXACT_TOLERANCE
@@ -60,23 +63,73 @@ def test_random_networks_lose_their_batch_norms_and_nothing_else(seed: int) -> N
     model = random_network(seed)
     x = torch.randn(3, 3, 6, 6)
     assert_only_batch_norms_went(model, x)
-    converted = netdeconv.convert(model)
-    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in converted.modules())
+    converted = netdeconv.convert(model, example=x)
+    assert not batch_norms(converted)
     converted.train()
     converted(x).square().mean().backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in converted.parameters())
     netdeconv.check_fused(converted.eval(), netdeconv.fuse(converted), x)
 
 
-def test_a_copy_is_made_only_where_somebody_else_may_read() -> None:
-    copies = {
-        block.__name__: [type(module) for module in netdeconv.convert(block(4)).modules() if type(module) is Clone]
-        for block in BLOCKS
-    }
-    assert {name for name, found in copies.items() if found} == {
-        "PreActivation", "TwoNormsOfOne", "Optional", "ReadTwice", "Concatenate",
+@pytest.mark.parametrize("seed", range(0, 25, 3))
+def test_the_first_forward_completes_what_the_module_tree_did_not_show(seed: int) -> None:
+    model = random_network(seed)
+    x = torch.randn(3, 3, 6, 6)
+    converted = netdeconv.convert(model)
+    waiting = netdeconv.plan_conversion(model).where(Action.WAIT)
+    assert batch_norms(converted) == [entry.path for entry in waiting]
+    with pytest.warns(UserWarning, match="first forward has shown") if waiting else contextlib.nullcontext():
+        converted(x)
+    expected = netdeconv.convert(model, example=x)
+    assert [type(module) for module in converted.modules()] == [type(module) for module in expected.modules()]
+    assert list(converted.state_dict()) == list(expected.state_dict())
+
+
+def clones(model: nn.Module) -> list[str]:
+    return [path for path, module in model.named_modules() if type(module) is Clone]
+
+
+def test_a_clone_is_made_only_where_an_operation_in_place_was_seen() -> None:
+    x = torch.randn(2, 4, 6, 6)
+    expected = {
+        "ConvNormAct": ["norm"], "PreActivation": [], "TwoNormsOfOne": ["first", "second"], "Shortcut": ["norm"],
+        "Squeeze": ["norm"], "Optional": ["norm"], "ReadTwice": ["norm"], "Concatenate": ["left.norm"],
     }  # fmt: skip
-    assert not any(type(module) is Clone for module in netdeconv.convert(create("resnet50", width=0.125)).modules())
+    assert {block.__name__: clones(netdeconv.convert(block(4), example=x)) for block in BLOCKS} == expected
+    model = torchvision.models.resnet18()
+    converted = netdeconv.convert(model, example=torch.randn(2, 3, 32, 32))
+    assert clones(converted) == [f"layer{i}.{j}.bn2" for i in (1, 2, 3, 4) for j in (0, 1)]  # out += identity
+    assert not any(getattr(module, "inplace", False) for module in converted.modules())
+    plan = netdeconv.plan_conversion(model)
+    assert plan["relu"].why.endswith("no longer in place") and "in place" not in plan["maxpool"].why
+    later = netdeconv.convert(model)
+    later(torch.randn(2, 3, 32, 32))
+    assert clones(later) == clones(converted)
+
+
+def test_activations_stay_in_place_where_no_batch_norm_goes() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True))
+    assert netdeconv.convert(model)[1].inplace and model[1].inplace
+    normed = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+    assert not netdeconv.convert(normed)[2].inplace and normed[2].inplace
+
+
+@pytest.mark.parametrize("example", [None, torch.randn(2, 3, 32, 32)])
+@pytest.mark.parametrize("path", ["layer1.0.conv1", "layer1.0.conv2", "layer2.0.downsample.0", "layer4.1.conv2", "fc"])
+def test_hooks_put_on_later_see_what_they_would_in_the_old_network(path: str, example: Tensor | None) -> None:
+    converted = netdeconv.convert(torchvision.models.resnet18(), example=example)
+    x = torch.randn(2, 3, 32, 32)
+    converted(x)
+    seen: list[Tensor] = []
+    gradients: list[Any] = []
+    layer = converted.get_submodule(path)
+    layer.register_forward_hook(lambda module, args, output: seen.extend((output, output.detach().clone())))
+    layer.register_full_backward_hook(lambda module, given, taken: gradients.append(taken))
+    fused = netdeconv.fuse(converted.eval())
+    converted.train()(x).sum().backward()
+    assert torch.equal(seen[0], seen[1]) and gradients
+    fused(x)
+    assert torch.equal(seen[2], seen[3])
 
 
 def test_the_old_model_is_untouched() -> None:
@@ -195,7 +248,7 @@ def test_device_dtype_mode_gradient_flags_and_memory_format_stay() -> None:
     model = create("vgg11", width=0.125).double().to(memory_format=torch.channels_last).eval()
     model.features[0].requires_grad_(False)
     model.features[4].train()
-    converted = netdeconv.convert(model)
+    converted = netdeconv.convert(model, include="*")
     assert {p.dtype for p in converted.parameters()} == {torch.float64}
     assert {w.running_root.dtype for w in whitenings(converted)} == {torch.float64}
     assert not converted.features[0].weight.requires_grad
@@ -258,7 +311,8 @@ def test_attributes_of_a_batch_norm_can_still_be_read() -> None:
 
 def test_a_model_that_is_one_layer() -> None:
     assert isinstance(netdeconv.convert(nn.Linear(3, 2)), WhitenedLinear)
-    assert isinstance(netdeconv.convert(nn.BatchNorm2d(3)), nn.Identity)
+    with pytest.warns(UserWarning, match=r"1 batch norms are left: the model \(no whitened layer takes its place\)"):
+        assert isinstance(netdeconv.convert(nn.BatchNorm2d(3)), nn.BatchNorm2d)
     assert netdeconv.convert(nn.Linear(3, 2)).whitening.label == "WhitenedLinear(3, 2)"
 
 

@@ -12,9 +12,9 @@ from torch import nn
 
 import netdeconv
 from netdeconv import ConfigError, NumericalError
-from netdeconv.surgery import export
+from netdeconv.surgery import deploy
 from netdeconv.surgery.batches import max_relative_error
-from netdeconv.surgery.export import OPSET, export_onnx
+from netdeconv.surgery.deploy import OPSET, export_onnx
 from netdeconv.zoo import create
 from variation import Variation
 
@@ -99,7 +99,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def absent(name: str) -> Any:
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr(export.importlib, "import_module", absent)
+    monkeypatch.setattr(deploy.importlib, "import_module", absent)
     with pytest.raises(ConfigError, match=r"pip install 'netdeconv\[export\]'"):
         export_onnx(model.eval(), x, tmp_path / "a.onnx")
 
@@ -111,7 +111,7 @@ def test_a_wrong_file_is_noticed(tmp_path: Path) -> None:
     with torch.no_grad():
         model[0].bias += 1
     with pytest.raises(NumericalError, match=r"expected a\.onnx to give the model's output within 1e-04"):
-        export._compare(model, path, ["input"], [x])
+        deploy._compare(model, path, ["input"], [x])
 
 
 @pytest.mark.training

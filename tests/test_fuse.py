@@ -15,7 +15,7 @@ from torch.nn.utils import prune
 
 import netdeconv
 from netdeconv import ChannelWhitening, ConfigError, NumericalError, StatisticsWarning, WhitenedConv2d, WhiteningConfig
-from netdeconv.surgery.fuse import ChannelLinear
+from netdeconv.surgery.deploy import ChannelLinear
 from netdeconv.zoo import create
 
 FUSED_TOLERANCE = 1e-10  # float64: the same products, folded in the same order

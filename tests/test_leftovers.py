@@ -15,7 +15,6 @@ import netdeconv
 from netdeconv import WhitenedConv2d, plan_conversion
 from netdeconv.surgery import Action
 from netdeconv.surgery.batches import max_relative_error
-from netdeconv.surgery.freshness import sole_readers
 from netdeconv.surgery.recognise import Clone
 from small_networks import batch_norms, randomise_statistics
 
@@ -103,13 +102,27 @@ HOW = ["nested", "through an activation", "in a branch", "in a loop", "before it
 
 @pytest.mark.parametrize("how", HOW)
 def test_the_batch_norm_of_a_layer_that_stays_plain_is_kept(how: str) -> None:
+    x = torch.randn(2, 4, 4, 4)
     with pytest.warns(UserWarning, match=r"1 batch norms are left: norm \(it normalises the (out|in)put of up"):
-        converted = netdeconv.convert(Decoder(how))
+        converted = netdeconv.convert(Decoder(how), example=x)
     assert batch_norms(converted) == ["norm"]
-    plan = plan_conversion(Decoder(how))
+    plan = plan_conversion(Decoder(how), example=x)
     assert [entry.path for entry in plan.batch_norms_left] == ["norm"]
     assert "1 of 2 batch norms gone" in plan.summary
     assert plan["up"].action is Action.LEAVE and plan["conv"].action is Action.WHITEN
+    converted(x).sum().backward()
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_without_an_example_both_wait_for_the_first_forward(how: str) -> None:
+    converted = netdeconv.convert(Decoder(how))
+    assert batch_norms(converted) == ["norm", "other"]
+    plan = plan_conversion(Decoder(how))
+    assert [entry.path for entry in plan.where(Action.WAIT)] == ["norm", "other"]
+    assert "0 of 2 batch norms gone, 2 waiting for the first forward" in plan.summary
+    with pytest.warns(UserWarning, match=r"norm stays \(it normalises the (out|in)put of up\); other is gone"):
+        converted(torch.randn(2, 4, 4, 4)).sum().backward()
+    assert batch_norms(converted) == ["norm"]
     converted(torch.randn(2, 4, 4, 4)).sum().backward()
 
 
@@ -124,7 +137,7 @@ def test_it_is_kept_in_a_preserving_conversion_too(how: str) -> None:
 
 
 def test_values_are_followed_through_modules_and_methods() -> None:
-    plan = plan_conversion(NormInABlock(""))
+    plan = plan_conversion(NormInABlock(""), example=torch.randn(2, 4, 4, 4))
     assert plan["norm"].why == "it normalises the output of up, which is left"
     assert plan["other"].action is Action.REMOVE
 
@@ -286,26 +299,9 @@ def test_the_user_may_run_a_models_members_one_by_one() -> None:
     assert bool((kept[0] < 0).any())
     for harmless in (nn.ReLU(), nn.Conv2d(4, 4, 1)):
         assert type(netdeconv.convert(nn.Sequential(*model[:2], harmless))[1]) is nn.Identity
-    for unknown in (nn.Sequential(nn.ReLU(inplace=True)), nn.Dropout(inplace=True), ByList()):
-        assert type(netdeconv.convert(nn.Sequential(*model[:2], unknown))[1]) is Clone
-
-
-def test_a_sequence_that_is_called_as_a_whole_needs_no_copy() -> None:
-    class Called(TakesApart):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.body(x) if self.body is not None else x
-
-    assert type(netdeconv.convert(Called()).body[1]) is nn.Identity
-
-
-def test_a_layer_that_hands_on_its_input_gives_nothing_new() -> None:
-    class Sometimes(nn.Conv2d):
-        def forward(self, x: Tensor) -> Tensor:
-            return x
-
-    norm = nn.BatchNorm2d(3)
-    assert not sole_readers(nn.Sequential(Sometimes(3, 3, 1), norm))
-    assert sole_readers(nn.Sequential(nn.Conv2d(3, 3, 1), norm)) == {norm}
+    for no_longer_in_place in (nn.Sequential(nn.ReLU(inplace=True)), nn.Dropout(inplace=True)):
+        assert type(netdeconv.convert(nn.Sequential(*model[:2], no_longer_in_place))[1]) is nn.Identity
+    assert type(netdeconv.convert(nn.Sequential(*model[:2], ByList()))[1]) is Clone  # until the first forward
 
 
 def test_who_listens_before_a_batch_norm_hears_what_it_heard() -> None:

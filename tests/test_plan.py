@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Callable
 from typing import Any
@@ -107,6 +108,10 @@ def action(model: nn.Module, path: str = "0") -> Action:
     return plan_conversion(nn.Sequential(model))[path].action
 
 
+def action_behind(layer: nn.Module, norm: nn.Module) -> Action:
+    return plan_conversion(nn.Sequential(layer, norm))["1"].action
+
+
 def test_the_table_of_a_network() -> None:
     plan = plan_conversion(create("resnet18", width=0.125))
     assert [entry.action for entry in plan][:3] == [Action.KEEP, Action.WHITEN, Action.REMOVE]
@@ -141,25 +146,29 @@ def test_a_module_with_two_paths_has_one_entry() -> None:
 
 
 def test_layers_used_without_being_called_are_left() -> None:
-    plan = plan_conversion(Reader())
+    plan = plan_conversion(Reader(), example=torch.randn(9, 4))
     left = {entry.path for entry in plan.where(Action.LEAVE)}
     assert left == {"direct", "alias", "nested", "items.1", "looped.0", "norm"}
-    assert "Reader.forward reads its weight itself" in plan["direct"].why
-    assert "Reader.helper" in plan["norm"].why
+    assert re.fullmatch(r"its weight is read elsewhere \(test_plan.py:\d+ in forward\)", plan["direct"].why)
+    assert "in helper" in plan["norm"].why
     assert plan["called"].action is plan["items.0"].action is Action.WHITEN
+    named = plan_conversion(Reader(), example=torch.randn(9, 4), include=["direct", "called"])
+    assert named["direct"].action is Action.WHITEN  # who asks for it gets it
 
 
 def test_batch_normalisation_by_function_is_listed() -> None:
     model = nn.Sequential(ByFunction(), nn.Conv2d(4, 4, 1))
-    plan = plan_conversion(model)
+    x = torch.randn(2, 3, 4, 4)
+    plan = plan_conversion(model, example=x)
     assert [entry.path for entry in plan.batch_norms_left] == ["0"]
-    assert plan["0"].why == "ByFunction.by_function calls batch_norm by function"
+    assert plan["0"].why == "ByFunction calls batch_norm by function"
     assert plan["0.conv"].action is plan["1"].action is Action.WHITEN and plan["0.norm"].action is Action.REMOVE
     assert "1 of 2 batch norms gone" in plan.summary
-    with pytest.warns(UserWarning, match=r"1 batch norms are left: 0 \(ByFunction.by_function calls"):
-        netdeconv.convert(model)
-    assert plan_conversion(model, exclude=ByFunction)["0"].asked
-    assert not plan_conversion(CalledBatchNorm()).batch_norms_left
+    with pytest.warns(UserWarning, match=r"1 batch norms are left: 0 \(ByFunction calls"):
+        netdeconv.convert(model, example=x)
+    assert plan_conversion(model, example=x, exclude=ByFunction)["0"].asked
+    plan = plan_conversion(nn.Sequential(CalledBatchNorm(), nn.Conv2d(3, 3, 1)), example=x)
+    assert plan["0.batch_norm"].action is Action.REMOVE
 
 
 class NotInstalled:
@@ -245,12 +254,12 @@ def test_a_forward_replaced_on_the_object_is_seen() -> None:
 
 def test_kinds_of_batch_norm() -> None:
     for norm in (nn.BatchNorm1d(3), nn.BatchNorm3d(3), nn.SyncBatchNorm(3), FrozenBatchNorm2d(3)):
-        assert action(norm) is Action.REMOVE
-    assert action(nn.BatchNorm2d(3, affine=False, track_running_stats=False)) is Action.REMOVE
-    plan = plan_conversion(nn.Sequential(NormThenAct(3)))
-    assert plan["0"].action is Action.REMOVE
-    assert "SiLU stays" in plan["0"].why
-    assert plan["0.act"].action is Action.KEEP
+        assert action_behind(nn.Conv2d(3, 3, 1), norm) is Action.REMOVE
+    assert action_behind(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)) is Action.REMOVE
+    plan = plan_conversion(nn.Sequential(nn.Conv2d(3, 3, 1), NormThenAct(3)))
+    assert plan["1"].action is Action.REMOVE
+    assert "SiLU stays" in plan["1"].why
+    assert plan["1.act"].action is Action.KEEP
 
 
 def test_other_normalisations_stay() -> None:

@@ -17,7 +17,7 @@ from netdeconv import WhitenedConv2d, WhiteningConfig, calibrate, convert, plan_
 from netdeconv.nn.layer import WhitenedLayer
 from netdeconv.surgery import Action
 from netdeconv.surgery.batches import max_relative_error
-from netdeconv.surgery.pooled import behind_global_pooling
+from netdeconv.surgery.structure import Structure
 from netdeconv.zoo import create
 from small_networks import batch_norms, randomise_statistics
 
@@ -167,7 +167,7 @@ def test_attributes_are_those_of_a_known_class() -> None:
             super().__init__()
             self.fc1, self.fc2 = nn.Conv2d(4, 2, 1), nn.Conv2d(2, 4, 1)
 
-    assert not behind_global_pooling(SEModule()) and not behind_global_pooling(Other())
+    assert not Structure(SEModule()).pooled and not Structure(Other()).pooled
 
 
 @pytest.mark.parametrize(
@@ -225,4 +225,4 @@ def test_statistics_are_of_the_maps_where_there_are_some() -> None:
     torch.testing.assert_close(layer.whitening.running_root, alone.whitening.running_root)
     calibrate(layer, pixels)  # and of pixels alone there are none
     assert torch.equal(layer.whitening.running_root, torch.eye(3, dtype=torch.float64))
-    assert layer.whitening.running_mean.eq(0).all() and layer.whitening.num_updates == 1
+    assert layer.whitening.running_mean.eq(0).all() and layer.whitening.num_updates == 0

@@ -16,6 +16,7 @@ from netdeconv.functional import fold
 from netdeconv.surgery import ChannelAffine
 from netdeconv.surgery.batches import max_relative_error
 from netdeconv.surgery.preserve import unfold
+from netdeconv.surgery.recognise import Clone
 from netdeconv.zoo import create
 from small_networks import (
     BLOCKS,
@@ -229,7 +230,7 @@ def test_heads_that_only_training_runs_are_preserved_too() -> None:
     x = torch.randn(4, 3, 5, 5, dtype=torch.float64)
     seen: list[Tensor] = []
     converted = netdeconv.convert(model, preserve=x)  # warnings are errors here
-    assert type(converted.aux.conv) is WhitenedConv2d and type(converted.aux.norm) is nn.Identity
+    assert type(converted.aux.conv) is WhitenedConv2d and type(converted.aux.norm) is Clone
     assert not any(module.training for module in converted.modules()) and converted.seen == converted.kept == 0
     assert torch.equal(converted.wide, torch.ones(3, 4))
     # The statistics are those of what the head sees behind a trunk in evaluation.
@@ -282,7 +283,7 @@ def test_layers_that_the_data_never_reach_stay_plain(how: str) -> None:
     assert type(converted.aux.conv) is nn.Conv2d
     assert type(converted.aux.norm) is ChannelAffine
     torch.testing.assert_close(converted.aux(x), model.aux(x))
-    assert type(converted.main.conv) is WhitenedConv2d and type(converted.main.norm) is nn.Identity
+    assert type(converted.main.conv) is WhitenedConv2d and type(converted.main.norm) is Clone
     assert not any(module.training for module in converted.modules()) and converted.seen == converted.kept == 0
     assert torch.equal(converted.wide, torch.ones(3, 4))
     converted.train()(x, x).sum().backward()
@@ -307,7 +308,7 @@ def test_flags_modes_and_random_numbers_stay() -> None:
     torch.manual_seed(0)
     expected = torch.rand(2)
     torch.manual_seed(0)
-    converted = netdeconv.convert(model, preserve=[(torch.ones(2, 3, 32, 32).normal_(), 0)])
+    converted = netdeconv.convert(model, include="*", preserve=[(torch.ones(2, 3, 32, 32).normal_(), 0)])
     torch.manual_seed(0)
     netdeconv.convert(model, preserve=torch.ones(2, 3, 32, 32))
     assert torch.equal(torch.rand(2), expected)

@@ -216,7 +216,7 @@ def _report(args: argparse.Namespace) -> int:
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     from netdeconv.lab import export_command
-    from netdeconv.surgery.export import OPSET
+    from netdeconv.surgery.deploy import OPSET
 
     export_command.add_arguments(parser, opset=OPSET)
 

@@ -15,9 +15,8 @@ from netdeconv.inspect.sparsity import hoyer_sparsity, kurtosis, unit_histogram
 from netdeconv.inspect.whiteness import correlation, mean_abs_offdiagonal, pair_correlations
 from netdeconv.nn import ChannelWhitening, Whitening
 from netdeconv.nn.layer import WhitenedLayer
-from netdeconv.surgery.batches import run_batch
+from netdeconv.surgery.batches import evaluating, run_batch
 from netdeconv.surgery.layers import whitened_twin
-from netdeconv.surgery.modes import evaluating
 
 __all__ = ["LayerView", "Responses", "inspect_layers"]
 

@@ -1,18 +1,31 @@
-"""Running batches of a user's data through a user's model, and comparing what comes out."""
+"""Running batches of a user's data through a user's model, in which mode, and comparing what comes out."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from netdeconv.errors import ConfigError
 from netdeconv.functional.precision import exact
+from netdeconv.surgery.recognise import is_layer, is_like_batch_norm
 
-__all__ = ["batches", "max_relative_error", "run_batch", "tensors_of"]
+__all__ = [
+    "batches",
+    "evaluating",
+    "fork_rng",
+    "max_relative_error",
+    "run_batch",
+    "tensors_of",
+    "training_branches",
+]
 
 
 def batches(data: Any) -> Iterator[Any]:
@@ -89,3 +102,99 @@ def max_relative_error(got: Any, expected: Any) -> float:
             largest = b[finite].abs().max()
             worst = max(worst, float(difference / largest) if largest > 0 else float(difference))
     return worst
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module has its own training flag again, new children their parent's."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():  # not by train(), which may be overridden to do more
+            module.training = flag
+        for parent in model.modules():
+            for child in parent.children():
+                if child not in flags:
+                    child.training = parent.training
+
+
+@contextlib.contextmanager
+def training_branches(model: nn.Module) -> Iterator[None]:
+    """Let a model in evaluation mode take the branches of its training, such as auxiliary heads.
+
+    Only modules around others are set to training mode, as it is they who choose a branch. The modules that compute go
+    on as in evaluation: layers, normalisations, dropout, torch's attention. So do the functions ``batch_norm``, on
+    statistics of a module's own, and ``dropout``.
+    What buffers held before, they hold afterwards.
+    """
+    held = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not is_lazy(buffer)
+    ]
+    told = [
+        module
+        for module in model.modules()
+        if any(True for _ in module.children()) and not (module.training or _computes(module))
+    ]
+    for module in told:
+        module.training = True
+    try:
+        with _FunctionsEvaluate():
+            yield
+    finally:
+        for module in told:
+            module.training = False
+        for buffers, name, buffer, value in held:
+            _write_back(buffer, value)
+            buffers[name] = buffer
+
+
+class _FunctionsEvaluate(TorchFunctionMode):
+    """Functions with a flag ``training`` of their own are called with it off, where evaluation is defined."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        place = _PLACES.get(func)
+        if place is not None and not (func is F.batch_norm and _argument(args, kwargs, 1, "running_mean") is None):
+            if len(args) > place:
+                args = (*args[:place], False, *args[place + 1 :])
+            else:
+                kwargs["training"] = False
+        return func(*args, **kwargs)
+
+
+# Where the flag is among the arguments.
+_PLACES: dict[Any, int] = {F.batch_norm: 5} | dict.fromkeys(
+    (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout), 2
+)
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
+    return args[place] if len(args) > place else kwargs.get(name)
+
+
+def _computes(module: nn.Module) -> bool:
+    """Whether this module, though it may hold others, is itself what behaves otherwise in training."""
+    return is_layer(module) or is_like_batch_norm(module) or isinstance(module, nn.MultiheadAttention)
+
+
+def _write_back(buffer: Tensor, value: Tensor) -> None:
+    """Copy where something changed; writes through ``.data`` do not count as a version, so values are compared."""
+    with contextlib.suppress(RuntimeError):  # no comparison for this kind of tensor: copy
+        if torch.equal(buffer, value):
+            return
+    with contextlib.suppress(RuntimeError):  # what cannot be written to, such as an expanded tensor
+        buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def fork_rng() -> Iterator[None]:
+    """The same random numbers on every use, and the global generators untouched."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        yield

@@ -12,8 +12,7 @@ from torch import nn
 from netdeconv.errors import ConfigError, NumericalError, StatisticsError, StatisticsWarning
 from netdeconv.nn import ChannelWhitening, Whitening
 from netdeconv.nn.layer import WhitenedLayer
-from netdeconv.surgery.batches import batches, run_batch
-from netdeconv.surgery.modes import evaluating, training_branches
+from netdeconv.surgery.batches import batches, evaluating, run_batch, training_branches
 from netdeconv.surgery.statistics import Gatherer, remember, varies
 
 __all__ = ["calibrate"]

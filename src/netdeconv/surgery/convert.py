@@ -1,4 +1,4 @@
-"""From a network with batch normalisation to one with whitened layers."""
+"""From a network with batch normalisation to one with whitened layers, and telling what that would do."""
 
 from __future__ import annotations
 
@@ -10,20 +10,17 @@ from torch import nn
 
 from netdeconv.errors import ConfigError
 from netdeconv.surgery.first_run import FirstRun
-from netdeconv.surgery.freshness import sole_readers
-from netdeconv.surgery.layers import Setting, setting_for, whitened_twin
-from netdeconv.surgery.plan import Action, ConversionPlan
-from netdeconv.surgery.preserve import preserved
-from netdeconv.surgery.recognise import BatchNorm, batch_norm
-from netdeconv.surgery.rewrite import Rule, rule_for
-from netdeconv.surgery.select import Selection
+from netdeconv.surgery.layers import Setting, become, copied
+from netdeconv.surgery.plan import Action, ConversionPlan, Selection
+from netdeconv.surgery.preserve import preserved, record_of
+from netdeconv.surgery.recognise import Rule
 from netdeconv.surgery.survey import check_model, survey
-from netdeconv.surgery.transplant import become, copied
 
 if TYPE_CHECKING:
-    from netdeconv.surgery.select import Pattern
+    from netdeconv.surgery.plan import Pattern
+    from netdeconv.surgery.watch import Record
 
-__all__ = ["convert", "converted"]
+__all__ = ["convert", "plan_conversion"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -35,13 +32,20 @@ def convert(
     include: Pattern | Iterable[Pattern] | None = None,
     exclude: Pattern | Iterable[Pattern] | None = None,
     rules: Mapping[type, Rule] | None = None,
+    example: Any = None,
     preserve: Any = None,
     call: Callable[[nn.Module, Any], Any] | None = None,
 ) -> Model:
     """A new model with whitened convolutions and linear layers, and no batch normalisation; the old one is untouched.
 
     Without ``preserve``, a network to be trained from scratch: batch norms are gone with their scales and shifts,
-    layers keep their weights and gain a bias (zero) where they have none.
+    layers keep their weights and gain a bias (zero) where they have none. A batch norm goes where whitening takes its
+    place: where the layer that feeds it is whitened, or, if none feeds it alone, one that reads it.
+
+    With ``example``, the model is run once, on a copy, and what is seen decides. Without it the module tree does; what
+    it does not tell, the first forward of the new model completes and corrects, in whatever mode, with a warning that
+    says what was done: batch norms that have waited go or stay, and layers whose weight is read elsewhere are plain
+    again, with the same parameters. Give an example where the model is to be wrapped or its optimiser made before.
 
     With ``preserve``, a network to be fine-tuned: its evaluation output on any input is the old one's. Batch
     norms are folded into the layer that feeds them, where they are its only reader, and become a fixed scale
@@ -49,16 +53,20 @@ def convert(
     cancels out. Layers that the data never reach, not even in branches that only training takes, and layers whose
     weight is shared or read elsewhere, stay plain.
 
-    Device, dtype, training flags, ``requires_grad``, forward and backward hooks stay, and modules and parameters
-    that are shared stay shared. What could not be converted is listed by :func:`netdeconv.plan_conversion`.
+    Where batch norms go, activations work in place no longer, and where an operation in place was seen behind a batch
+    norm, a clone takes its place, so that no output of a layer changes under who reads it. Device, dtype, training
+    flags, ``requires_grad``, forward and backward hooks stay, and modules and parameters that are shared stay shared.
+    What could not be converted is listed by :func:`netdeconv.plan_conversion`.
 
     Args:
         model: any module.
         whitening: settings for all layers, of which each chooses by its kind what is ``None`` in them; or a function of
             path and layer that returns settings. ``None`` for the defaults.
         include, exclude, rules: see :func:`netdeconv.plan_conversion`.
-        preserve: batches to be run through the model: a tensor, or an iterable of them. Of a list or tuple the
-            first entry is taken, as data loaders give ``(images, labels)``; a mapping is passed by keyword.
+        example: one batch, whose values do not matter: a tensor; of a list or tuple the first entry is taken, as data
+            loaders give ``(images, labels)``; a mapping is passed by keyword.
+        preserve: batches to be run through the model: a tensor, or an iterable of batches as for ``example``. They show
+            all that an example does.
         call: how a batch is run, ``call(model, batch)``, where the above does not fit.
 
     Raises:
@@ -66,16 +74,75 @@ def convert(
         NumericalError: with ``preserve``, the result does not compute what the old model does.
 
     Warns:
-        UserWarning: batch norms are left that nobody asked to leave; with ``preserve``, also layers. From the new
-            model, when it first runs: something else than a whitened layer reads its weight, which no whitening
-            reaches there.
+        UserWarning: batch norms are left that nobody asked to leave; with ``preserve``, also layers; all layers are
+            frozen. From the new model, when it first runs: what was changed then.
 
     Example:
         >>> import netdeconv
         >>> from netdeconv.zoo import create
         >>> model = netdeconv.convert(create("vgg11"))
     """
-    return converted(model, whitening, include, exclude, rules, preserve, call)[0]
+    return converted(model, whitening, include, exclude, rules, example, preserve, call)[0]
+
+
+def plan_conversion(
+    model: nn.Module,
+    whitening: Setting = None,
+    *,
+    include: Pattern | Iterable[Pattern] | None = None,
+    exclude: Pattern | Iterable[Pattern] | None = None,
+    rules: Mapping[type, Rule] | None = None,
+    example: Any = None,
+    preserve: Any = None,
+    call: Callable[[nn.Module, Any], Any] | None = None,
+) -> ConversionPlan:
+    """What :func:`netdeconv.convert` would do to every module of a model, and why; nothing is touched.
+
+    Left as they are, with the reason in the plan: layers whose weights something else reads (attention projections of
+    ``torch.nn.MultiheadAttention``, say), subclasses with a forward of their own, parametrised, quantised, lazy
+    and transposed layers, frozen ones, 1x1 convolutions behind a global pooling, layers that feed several batch norms,
+    one here and one there; and the batch norms of all these and of layers that are no torch layers, as no whitening
+    takes their place. Without ``example``, batch norms wait for the first forward where the module tree leaves it open
+    what feeds them.
+
+    Args:
+        model: any module.
+        whitening: as in :func:`netdeconv.convert`. The published procedure whitens behind a global pooling, too.
+        include, exclude: paths (``"layer4"``, ``"*.conv1"``) or module classes, both with everything inside, or
+            functions of path and module. All modules by default. What a path or a function of ``include`` chooses
+            itself is converted wherever that can be done, whatever was seen or guessed: also a frozen layer, or one
+            behind a global pooling (where the map is of one pixel only, it computes what the plain one does).
+        rules: for a module class a function that takes a module of it and returns plain torch modules that compute
+            the same; these are then looked at in turn. ``None`` returned leaves the module.
+        example, preserve, call: as in :func:`netdeconv.convert`. With ``preserve`` the plan says which batch norms are
+            folded and which become a fixed scale and shift. What a run shows is known only after it, so the
+            conversion is done, on a copy, and its result dropped.
+
+    Returns:
+        A :class:`ConversionPlan`; ``print`` it for the table.
+
+    Raises:
+        ConfigError: the model is compiled, scripted or wrapped for parallel training; a pattern matches nothing.
+        TypeError: not a module.
+        NumericalError: with ``preserve``, as in :func:`netdeconv.convert`.
+
+    Example:
+        >>> from torch import nn
+        >>> from netdeconv import plan_conversion
+        >>> print(plan_conversion(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())))
+        path  module       action  why
+        0     Conv2d       whiten  convolution, gains a bias
+        1     BatchNorm2d  remove  whitening takes its place
+        1 layers whitened, 1 of 1 batch norms gone, 0 left as they are, 2 not concerned
+    """
+    if preserve is not None or example is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what they say stands in the plan
+            return converted(model, whitening, include, exclude, rules, example, preserve, call)[1]
+    selection = Selection(include, exclude)
+    plan = survey(model, whitening, selection, rules, {})
+    selection.check_used()
+    return plan
 
 
 def converted(
@@ -84,70 +151,101 @@ def converted(
     include: Pattern | Iterable[Pattern] | None,
     exclude: Pattern | Iterable[Pattern] | None,
     rules: Mapping[type, Rule] | None,
+    example: Any,
     preserve: Any,
     call: Callable[[nn.Module, Any], Any] | None,
 ) -> tuple[Model, ConversionPlan]:
     """The converted model, and what was done to it."""
+    if example is not None and preserve is not None:
+        raise ConfigError(
+            "convert: expected example= or preserve=, got both. The data of preserve= show all that an example does."
+        )
     selection = Selection(include, exclude)
     check_model(model)  # refuse before the work of copying
     new = copied(model, "convert")
     FirstRun.remove(new)
-    plan = _rewrite(new, whitening, selection, rules)
+    plan, rewritten = _rewrite(new, whitening, selection, rules)
     selection.check_used()
-    _warn_of_leftovers(plan)
-    if preserve is None:
-        _from_scratch(new, plan, whitening)
+    in_place = _stop_working_in_place(new) if plan.where(Action.REMOVE, Action.WAIT) else []
+
+    def decide(record: Record) -> ConversionPlan:
+        found = survey(new, whitening, selection, rules, rewritten, record)
+        _warn_of_leftovers(found)
+        return found
+
+    if preserve is not None:
+        return new, preserved(new, plan, decide, preserve, call)
+    if example is not None:
+        plan = decide(record_of(new, example, call))
     else:
-        plan = preserved(new, plan, whitening, preserve, call)
-    FirstRun.install(new)
+        _warn_of_leftovers(plan)
+    if not plan.where(Action.REMOVE, Action.WAIT):
+        for module in in_place:
+            module.inplace = True
+    concerned = plan.where(Action.WHITEN, Action.REMOVE, Action.WAIT)
+    modules = [(entry, new.get_submodule(entry.path)) for entry in concerned]
+    for entry, module in modules:
+        if entry.build is not None and entry.action is not Action.WAIT:
+            become(module, entry.build(module))
+    if example is None:
+        waiting = [(module, entry) for entry, module in modules if entry.action is Action.WAIT]
+        FirstRun.install(new, waiting, [module for entry, module in modules if selection.names(entry.path, module)])
     return new, plan
 
 
-def _from_scratch(new: nn.Module, plan: ConversionPlan, whitening: Setting) -> None:
-    """Carry out the plan, in place."""
-    gone = bool([entry for entry in plan.where(Action.REMOVE) if entry.norm])
-    modules = {entry.path: new.get_submodule(entry.path) for entry in plan}
-    alone = sole_readers(new)
-    for entry in plan:
-        module = modules[entry.path]
-        if entry.action is Action.WHITEN:
-            become(module, whitened_twin(module, setting_for(whitening, entry.path, module), entry.path, gone))
-        elif entry.action is Action.REMOVE:
-            found = batch_norm(module)
-            assert isinstance(found, BatchNorm)
-            become(module, found.without(alone=module in alone))
+def _stop_working_in_place(model: nn.Module) -> list[Any]:
+    """Let activations that work in place no longer do so; returns them.
+
+    What stood before a batch norm is what stands before them when it is gone, and others may read that.
+    """
+    found: list[Any] = [module for module in model.modules() if getattr(module, "inplace", None) is True]
+    for module in found:
+        module.inplace = False
+    return found
 
 
 def _rewrite(
     model: nn.Module, whitening: Setting, selection: Selection, rules: Mapping[type, Rule] | None
-) -> ConversionPlan:
-    """Rewrite, in place, what rules apply to, until no rule applies; the plan of the result."""
+) -> tuple[ConversionPlan, dict[nn.Module, bool]]:
+    """Rewrite, in place, what rules apply to, until no rule applies.
+
+    Returns:
+        The plan of the result, and for modules that a rule has seen whether it rewrote them.
+    """
     done: dict[nn.Module, bool] = {}
     while True:
         plan = survey(model, whitening, selection, rules, done)
         entries = plan.where(Action.REWRITE)
         if not entries:
-            return plan
-        for path, module in [(entry.path, model.get_submodule(entry.path)) for entry in entries]:
-            rule = rule_for(module, rules)
-            new = None if rule is None else rule[0](module)
+            return plan, done
+        for entry, module in [(entry, model.get_submodule(entry.path)) for entry in entries]:
+            new = None if entry.build is None else entry.build(module)
             done[module] = new is not None
             if new is None:
                 continue
             if not isinstance(new, nn.Module) or module in new.modules():
                 raise ConfigError(
-                    f"rules: expected a new module in place of {path} ({type(module).__name__}), one without the "
+                    f"rules: expected a new module in place of {entry.path} ({entry.kind}), one without the "
                     f"old inside, got {type(new).__name__}. Build a new one around its parameters."
                 )
             become(module, new)
 
 
 def _warn_of_leftovers(plan: ConversionPlan) -> None:
-    left = [f"{entry.path} ({entry.why})" for entry in plan.batch_norms_left if not entry.asked]
+    norms = [entry for entry in plan.where(Action.LEAVE) if entry.norm and not entry.asked]
+    left = [f"{entry.path or 'the model'} ({entry.why})" for entry in norms]
     if left:
         shown = ", ".join(left[:5]) + (f", and {len(left) - 5} more" if len(left) > 5 else "")
         warnings.warn(
             f"convert: {len(left)} batch norms are left: {shown}. Pass rules= for them, or exclude= to leave them.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
+        )
+    layers = [entry for entry in plan.where(Action.LEAVE) if not entry.norm]
+    if not plan.where(Action.WHITEN) and any("requires_grad" in entry.why for entry in layers):
+        warnings.warn(
+            "convert: expected layers that learn, got frozen ones only (requires_grad=False), which stay as they are. "
+            "Convert before you freeze, or name them by include=, as include='*'.",
+            UserWarning,
+            stacklevel=5,
         )

@@ -1,47 +1,71 @@
-"""A look at the first forward of a converted model: does it use the layers as the conversion took for granted?"""
+"""The first forward of a converted model, which completes and corrects what the module tree alone could not tell."""
 
 from __future__ import annotations
 
+import copy
 import sys
+import threading
 import warnings
 from collections.abc import Mapping
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from netdeconv.nn import ChannelWhitening, Whitening
 from netdeconv.nn.layer import WhitenedLayer
-from netdeconv.surgery.reads import WeightReads
+from netdeconv.surgery.layers import become, plain_again
+from netdeconv.surgery.plan import Entry
+from netdeconv.surgery.recognise import Clone, is_like_batch_norm
+from netdeconv.surgery.survey import fate_of_norm
+from netdeconv.surgery.watch import Record, Watcher
 
 __all__ = ["FirstRun"]
 
 _WHITENED = (WhitenedLayer, ChannelWhitening, Whitening)
 
 
-class FirstRun:
-    """Watches, once, what a model does with its whitened layers' weights, and warns of any that are read elsewhere.
+class _Running(NamedTuple):
+    """An outermost call of the model, or of a part of it, in one thread."""
 
-    Where the source shows it, :func:`netdeconv.plan_conversion` leaves such layers. The rest is seen here, when
-    the model, or the part of it that is called on its own, first runs outside ``torch.compile``. Then
-    nothing of this is left on the model.
+    top: nn.Module
+    caller: FrameType
+
+
+class FirstRun:
+    """Watches a converted model once, and then changes what the run has shown to be wrong, or what had waited for it.
+
+    That is when the model, or the part of it that is called on its own, first runs outside ``torch.compile``, in
+    whatever mode, in one thread. Others may run it at the same time: nothing is changed before all have left, and who
+    comes meanwhile waits for the change. Then nothing of this is left on the part that ran.
+
+    - A layer whose weight something else reads, or whose calls go to several batch norms, is the plain one again, with
+      the same parameters.
+    - A batch norm that waited goes where whitening takes its place, and stays otherwise.
+    - Where a batch norm was, no clone is made any more if nothing wrote to it in place.
 
     Warns:
-        UserWarning: something else than the layer uses its weight, which no whitening reaches there.
+        UserWarning: what was changed.
     """
 
-    def __init__(self) -> None:
-        self._top: nn.Module | None = None
-        self._depth = 0
-        self._caller: FrameType | None = None
-        self._watch: WeightReads | None = None
+    def __init__(self, waiting: list[tuple[nn.Module, Entry]], included: list[nn.Module]) -> None:
+        self.waiting, self.included = waiting, included
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._lock = threading.RLock()
+        self._inside: dict[int, _Running] = {}  # by thread
+        self._watch: Watcher | None = None
+        self._watched: _Running | None = None
+        self._seen: list[tuple[nn.Module, Record]] = []
 
     @classmethod
-    def install(cls, model: nn.Module) -> None:
+    def install(cls, model: nn.Module, waiting: list[tuple[nn.Module, Entry]], included: list[nn.Module]) -> None:
         """Watch every module of the model that has modules inside, whichever is called first."""
-        cls.remove(model)
-        watcher = cls()
+        watcher = cls(waiting, included)
+        model.register_load_state_dict_pre_hook(watcher.loading)
         for module in model.modules():
             if any(True for _ in module.children()) and not isinstance(module, _WHITENED):
                 module.register_forward_pre_hook(watcher.before, prepend=True)
@@ -52,66 +76,146 @@ class FirstRun:
         """Take the hooks off a model and everything inside."""
         for module in model.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), cls)]:
+                for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
                     del hooks[key]
                     module._forward_hooks_always_called.pop(key, None)
+            loading: Any = module._load_state_dict_pre_hooks
+            for key in [key for key, held in loading.items() if _is_ours(getattr(held, "hook", None))]:
+                del loading[key]
 
     def before(self, module: nn.Module, args: Any) -> None:
-        """Hook: the outermost call begins, or one inside it."""
-        if torch.compiler.is_compiling():
+        """Hook: the outermost call begins in this thread, or one inside it."""
+        if torch.compiler.is_compiling() or _is_traced() or getattr(module, "_is_replica", False):
             return
-        if self._watch is not None and not _is_running(self._caller):
-            self._give_up()  # Ctrl-C runs no hook
-        if self._watch is None:
-            layers = [layer for layer in module.modules() if isinstance(layer, WhitenedLayer)]
-            self._top, self._depth, self._caller = module, 0, sys._getframe(1)
-            self._watch = WeightReads(module, layers)
-            self._watch.__enter__()
-        self._depth += module is self._top
+        thread = threading.get_ident()
+        with self._lock:
+            self._forget_broken_off()
+            if thread in self._inside or not _is_hooked(module):  # another thread may have finished just now
+                return
+            self._inside[thread] = running = _Running(module, sys._getframe(1))
+            if self._watch is None and not self._seen:
+                self._watch, self._watched = Watcher(module), running
+                self._watch.__enter__()
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hook: a call ends; ``output`` is ``None`` where it failed."""
-        if torch.compiler.is_compiling() or module is not self._top or self._watch is None:
+        if torch.compiler.is_compiling():
             return
-        self._depth -= 1
-        if self._depth:
-            return
-        found = self._watch.found
-        self._give_up()
-        if output is not None:
-            self.remove(module)
-            _warn(found)
+        thread = threading.get_ident()
+        with self._lock:
+            running = self._inside.get(thread)
+            if running is None or running.top is not module or running.caller is not sys._getframe(1):
+                return
+            del self._inside[thread]
+            if running is self._watched and self._watch is not None:
+                watch, self._watch, self._watched = self._watch, None, None
+                if output is not None:
+                    watch.returned(output)
+                watch.close()
+                if output is not None:
+                    self._seen.append((module, watch.record))
+            if not self._inside:
+                while self._seen:
+                    self._settle(*self._seen.pop())
 
-    def _give_up(self) -> None:
-        """Stop watching."""
-        watch, self._top, self._caller, self._watch = self._watch, None, None, None
-        if watch is not None:
-            watch.close()
+    def loading(self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        """Hook: a state dict of a converted model, which has run, shows what its first forward changed."""
+        if not any(".whitening." in f".{key}" for key in state_dict):
+            return
+        with self._lock:
+            waiting = dict(self.waiting)
+            for path, module in list(model.named_modules()):
+                held = [key[len(prefix) + len(path) + 1 :] for key in state_dict if key.startswith(f"{prefix}{path}.")]
+                whitens = any(key.startswith("whitening.") for key in held)
+                if isinstance(module, WhitenedLayer) and "weight" in held and not whitens:
+                    become(module, plain_again(module))
+                elif module in waiting and not held:
+                    become(module, waiting[module].build(module))  # type: ignore[misc]
+            self.waiting = [(norm, entry) for norm, entry in self.waiting if is_like_batch_norm(norm)]
+
+    def _forget_broken_off(self) -> None:
+        """Ctrl-C runs no hook: calls whose frame is gone have ended, and those of threads that are gone."""
+        alive = {thread.ident for thread in threading.enumerate()}
+        for thread, running in list(self._inside.items()):
+            if thread not in alive or (thread == threading.get_ident() and not _is_running(running.caller)):
+                del self._inside[thread]
+                if running is self._watched and self._watch is not None:
+                    self._watch.close()
+                    self._watch = self._watched = None
+
+    def _settle(self, top: nn.Module, record: Record) -> None:
+        """Change the part that ran, by what was seen."""
+        inside = set(top.modules())
+        said: list[str] = []
+        shared = record.shared()
+        for layer in (module for module in top.modules() if isinstance(module, WhitenedLayer)):
+            norms = [norm for norm in shared.get(layer, ()) if norm in {module for module, _ in self.waiting}]
+            if (layer in record.weights or norms) and layer not in self.included:
+                why = f"its weight is read at {record.weights[layer]}" if layer in record.weights else _SEVERAL
+                said.append(f"{layer.whitening.label} is plain again ({why})")
+                become(layer, plain_again(layer))
+        names = {module: path for path, module in top.named_modules()}
+        for norm, entry in self.waiting:
+            if norm not in inside or norm not in record.sources or entry.build is None:
+                continue
+            fate = fate_of_norm(norm, record, _is_whitened, lambda layer: names.get(layer, "") or "the model")
+            if fate is None:
+                become(norm, entry.build(norm))
+                said.append(f"{entry.path} is gone")
+            else:
+                said.append(f"{entry.path} stays ({fate[0]})")
+        for module in top.modules():
+            if type(module) is Clone and module in record.sources and module not in record.written:
+                become(module, nn.Identity())
+        self.waiting = [(norm, entry) for norm, entry in self.waiting if norm not in inside]
+        self.remove(top)
+        if said:
+            shown = "; ".join(said[:5]) + (f"; and {len(said) - 5} more" if len(said) > 5 else "")
+            warnings.warn(
+                f"convert: the first forward has shown what the module tree did not: {shown}. Convert with example=, a "
+                "batch, to know before; include= and exclude= decide otherwise.",
+                UserWarning,
+                stacklevel=6,  # the caller of the model
+            )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FirstRun:
-        return memo.setdefault(id(self), FirstRun())  # whatever runs at the moment does so on the original
+        if id(self) not in memo:
+            memo[id(self)] = new = FirstRun([], [])  # whatever runs at the moment does so on the original
+            new.waiting = [(copy.deepcopy(norm, memo), entry) for norm, entry in self.waiting]
+            new.included = [copy.deepcopy(module, memo) for module in self.included]
+        return memo[id(self)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(FirstRun())
+        return {"waiting": self.waiting, "included": self.included}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._start_anew()
 
 
-def _is_running(frame: FrameType | None) -> bool:
-    """Whether a call has not ended yet."""
-    current: FrameType | None = sys._getframe(1)
-    while current is not None and current is not frame:
-        current = current.f_back
-    return current is not None
+_SEVERAL = "it feeds several batch norms, each with statistics of its own"
 
 
-def _warn(found: Mapping[nn.Module, str]) -> None:
-    if not found:
-        return
-    passed = [f"{getattr(layer.whitening, 'label', layer)} at {place}" for layer, place in found.items()]
-    shown = "; ".join(passed[:5]) + (f"; and {len(passed) - 5} more" if len(passed) > 5 else "")
-    warnings.warn(
-        f"convert: expected the weights of whitened layers to be used by these layers alone, got {len(passed)} that "
-        f"something else read: {shown}. No whitening reaches them there, and fuse would change what is read. "
-        "Convert again with exclude= for these layers, unless they are only looked at, for a penalty or a log.",
-        UserWarning,
-        stacklevel=6,  # the caller of the model
-    )
+def _is_ours(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", None), FirstRun)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return any(map(_is_ours, module._forward_pre_hooks.values()))
+
+
+def _is_traced() -> bool:
+    """Whether operators are recorded rather than run, by torch.fx or torch.jit."""
+    return is_fx_symbolic_tracing() or torch.jit.is_tracing()
+
+
+def _is_whitened(layer: nn.Module) -> bool:
+    return isinstance(layer, _WHITENED)
+
+
+def _is_running(caller: FrameType) -> bool:
+    """Whether a call of this thread has not ended yet."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not caller:
+        frame = frame.f_back
+    return frame is not None

@@ -1,10 +1,12 @@
-"""Conversion of a trained network that leaves its evaluation output as it was."""
+"""Running data through a network that is to be converted, and converting it so that its evaluation output stays."""
 
 from __future__ import annotations
 
 import collections
+import contextlib
+import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,66 +15,141 @@ from torch import Tensor, nn
 from netdeconv.errors import NumericalError
 from netdeconv.functional import Blocks
 from netdeconv.functional.precision import exact
-from netdeconv.surgery.affine import ChannelAffine, scale_and_shift
-from netdeconv.surgery.batches import max_relative_error, run_batch
-from netdeconv.surgery.dataflow import Watch
-from netdeconv.surgery.layers import Setting, parameter_like, setting_for, whitened_twin
-from netdeconv.surgery.modes import evaluating, fork_rng
-from netdeconv.surgery.observe import observe
-from netdeconv.surgery.plan import Action, ConversionPlan
-from netdeconv.surgery.reads import WeightReads
-from netdeconv.surgery.recognise import BatchNorm, batch_norm
-from netdeconv.surgery.statistics import Gatherer, remember
-from netdeconv.surgery.transplant import become
+from netdeconv.nn import Whitening
+from netdeconv.surgery.batches import batches, evaluating, fork_rng, max_relative_error, run_batch, training_branches
+from netdeconv.surgery.layers import ChannelAffine, become, parameter_like, scale_and_shift
+from netdeconv.surgery.plan import Action, ConversionPlan, Entry
+from netdeconv.surgery.recognise import BatchNorm, is_layer, is_like_batch_norm
+from netdeconv.surgery.statistics import Gatherer, input_rows, remember
+from netdeconv.surgery.watch import Record, Watcher
 
-__all__ = ["preserved", "unfold"]
+__all__ = ["preserved", "record_of", "unfold"]
 
 # Largest relative error of the converted network's output that passes for equal, by the weights' precision. Rounding
 # is amplified by the condition of the roots, at most 1.5**5 = 8 per layer for 5 steps, some hundred for "eigh".
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _TOLERANCE_HALF = 0.1
+_COMPARED = 8  # batches that are kept with their outputs
+
+
+@torch.no_grad()
+def record_of(model: nn.Module, example: Any, call: Callable[[nn.Module, Any], Any] | None = None) -> Record:
+    """What one batch shows of a model: run in evaluation mode, and where that leaves modules out, in training branches.
+
+    Args:
+        example, call: one batch and how it is run, as in :func:`netdeconv.convert`.
+    """
+    with evaluating(model):
+        return observe(model, {}, [example], call)[0]
+
+
+def observe(
+    model: nn.Module,
+    whitenings: Mapping[nn.Module, Whitening],
+    data: Any,
+    call: Callable[[nn.Module, Any], Any] | None = None,
+) -> tuple[Record, dict[nn.Module, Gatherer], list[tuple[Any, Any]]]:
+    """Run the data in evaluation mode; what was seen, every layer's statistics, the first batches and what came out.
+
+    Where that leaves out layers or batch norms, the batches kept are run once more with the branches that only training
+    takes. A forward that does not run so, as it wants labels there, is no error: these layers then have no statistics.
+
+    Args:
+        model: in evaluation mode.
+        whitenings: for every layer the whitening that the statistics are for.
+        data, call: as in :func:`netdeconv.convert`.
+    """
+    watcher = Watcher(model)
+    gatherers = _gatherers(whitenings)
+    seen: list[tuple[Any, Any]] = []
+    with _gathering(gatherers):
+        for batch in batches(data):
+            output = _run(model, batch, call, watcher)
+            if len(seen) < _COMPARED:
+                seen.append((batch, output))
+    parts = {module for module in model.modules() if is_layer(module) or is_like_batch_norm(module)}
+    if parts - set(watcher.record.calls):
+        missed = _gatherers({layer: whitenings[layer] for layer in gatherers if not gatherers[layer].total})
+        with training_branches(model), contextlib.suppress(Exception), _gathering(missed):
+            for batch, _ in seen:
+                _run(model, batch, call, watcher)
+            gatherers |= missed
+    return watcher.record, gatherers, seen
+
+
+def _gatherers(whitenings: Mapping[nn.Module, Whitening]) -> dict[nn.Module, Gatherer]:
+    return {layer: Gatherer(whitening, every_position=False) for layer, whitening in whitenings.items()}
+
+
+def _run(model: nn.Module, batch: Any, call: Callable[[nn.Module, Any], Any] | None, watcher: Watcher) -> Any:
+    with fork_rng():
+        return watcher.run(functools.partial(run_batch, model, batch, call))
+
+
+@contextlib.contextmanager
+def _gathering(gatherers: Mapping[nn.Module, Gatherer]) -> Iterator[None]:
+    """Every call of a layer adds its input to the statistics."""
+
+    def gather(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        with torch._C.DisableTorchFunction():  # whoever watches the model is not to watch this
+            gatherers[layer].add(input_rows(x, gatherers[layer].whitening.window))
+
+    handles = [layer.register_forward_pre_hook(gather, with_kwargs=True) for layer in gatherers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
 def preserved(
     model: nn.Module,
-    plan: ConversionPlan,
-    whitening: Setting,
+    draft: ConversionPlan,
+    decide: Callable[[Record], ConversionPlan],
     data: Any,
     call: Callable[[nn.Module, Any], Any] | None = None,
 ) -> ConversionPlan:
     """Convert ``model``, in place, so that it evaluates as before; returns what was done in the end.
 
+    Args:
+        draft: says which layers may be whitened.
+        decide: the plan, from what is seen while the data run.
+
     Raises:
         NumericalError: it does not, beyond the rounding that the dtype of the weights explains.
     """
-    modules = {entry.path: model.get_submodule(entry.path) for entry in plan}
-    layers = {modules[entry.path]: entry.path for entry in plan.where(Action.WHITEN)}
-    norms = {modules[entry.path]: entry.path for entry in plan.where(Action.REMOVE)}
-    plain = dict.fromkeys(_with_shared_parameters(model) & set(layers), "it shares parameters with another module")
-    twins: dict[nn.Module, Any] = {
-        layer: whitened_twin(layer, setting_for(whitening, path, layer), path, True)
-        for layer, path in layers.items()
-        if layer not in plain
-    }
-    watch = Watch(
-        [layer for layer in layers if not _has_hooks(layer)], [norm for norm in norms if not _has_hooks(norm)]
-    )
-    reads = WeightReads(model, twins)
+    sharing = _with_shared_parameters(model)
+    twins: dict[nn.Module, Any] = {}
+    for entry in draft.where(Action.WHITEN):
+        layer = model.get_submodule(entry.path)
+        if layer not in sharing and entry.build is not None:
+            twins[layer] = entry.build(layer)
     with evaluating(model):
-        whitenings = {layer: twin.whitening for layer, twin in twins.items()}
-        gatherers, seen = observe(model, whitenings, watch, reads, data, call)
-        plain |= {layer: "the data never reach it" for layer in twins if not gatherers[layer].total}
-        plain |= {layer: f"its weight is read elsewhere ({place})" for layer, place in reads.found.items()}
-        feeds = watch.feeds()
-        targets = {layer: _plain_parameters(layer) for layer in twins if layer not in plain}
-        done: dict[str, tuple[Action, str]] = {}
-        for norm, path in norms.items():
-            before = [layers[layer] for layer in watch.sources(norm) if layer in plain]
-            done[path] = (
+        record, gatherers, seen = observe(model, {layer: twins[layer].whitening for layer in twins}, data, call)
+        plan = decide(record)
+        modules = {entry.path: model.get_submodule(entry.path) for entry in plan}
+        layers = {modules[entry.path]: entry.path for entry in plan.where(Action.WHITEN)}
+        plain = dict.fromkeys(sharing & set(layers), "it shares parameters with another module")
+        for layer in set(layers) - sharing:
+            if layer in record.weights:
+                plain[layer] = f"its weight is read elsewhere ({record.weights[layer]})"
+            elif not gatherers[layer].total:
+                plain[layer] = "the data never reach it"
+        feeds = {norm: layer for norm, layer in record.feeds().items() if not (_has_hooks(norm) or _has_hooks(layer))}
+        targets = {layer: _plain_parameters(layer) for layer in layers if layer not in plain}
+        done = {
+            entry.path: (Action.LEAVE, entry.why) for entry in plan.where(Action.LEAVE) if modules[entry.path] in twins
+            and modules[entry.path] in record.weights
+        }  # fmt: skip
+        for entry in plan.where(Action.REMOVE):
+            norm = modules[entry.path]
+            before = [layers[layer] for layer in record.makers(norm) if layer in plain]
+            done[entry.path] = (
                 (Action.LEAVE, f"it normalises the output of {before[0]}, which is left")
                 if before
-                else _replace_norm(norm, feeds.get(norm), targets, layers)
+                else _replace_norm(norm, entry, feeds.get(norm), targets, layers)
             )
         for layer, path in layers.items():
             done[path] = (
@@ -107,25 +184,24 @@ def _warn_of_plain(plan: ConversionPlan, done: dict[str, tuple[Action, str]]) ->
 
 
 def _replace_norm(
-    norm: Any, layer: nn.Module | None, targets: dict[nn.Module, Any], paths: dict[nn.Module, str]
+    norm: Any, entry: Entry, layer: nn.Module | None, targets: dict[nn.Module, Any], paths: dict[nn.Module, str]
 ) -> tuple[Action, str]:
     """Fold a batch norm into the layer's target, or make it an affine."""
     affine = scale_and_shift(norm)
     if affine is None:
         return Action.LEAVE, "it has no remembered statistics, so evaluation depends on the batch"
-    found = batch_norm(norm)
-    assert isinstance(found, BatchNorm)
+    assert isinstance(entry.build, BatchNorm)
     learns = any(parameter.requires_grad for parameter in norm.parameters(recurse=False))
     scale, shift = affine
     if layer in targets:
         weight, bias = targets[layer]
         targets[layer] = (weight * scale.reshape(-1, *[1] * (weight.dim() - 1)), bias * scale + shift)
-        become(norm, found.without(alone=True))
+        become(norm, entry.build(norm))
         return Action.FOLD, f"into {paths[layer]}"
     like = norm.weight if getattr(norm, "weight", None) is not None else norm.running_mean
     new: nn.Module = ChannelAffine(scale.to(like), shift.to(like)).requires_grad_(learns)
-    if found.after:
-        new = nn.Sequential(collections.OrderedDict([("affine", new), *found.after.items()]))
+    if entry.build.after:
+        new = nn.Sequential(collections.OrderedDict([("affine", new), *entry.build.after.items()]))
     become(norm, new)
     return Action.AFFINE, "no layer feeds it alone"
 

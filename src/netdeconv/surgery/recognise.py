@@ -1,4 +1,4 @@
-"""What a module is to the conversion: a layer to whiten, a batch norm to remove, or a reason for neither."""
+"""What a module is to the conversion: a layer to whiten, a batch norm to remove, one that is rewritten, or none."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import copy
 import dataclasses
 import inspect
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
+from netdeconv.errors import ConfigError
 from netdeconv.nn import WhitenedConv1d, WhitenedConv2d, WhitenedConv3d, WhitenedLinear, Whitening
 from netdeconv.nn.layer import WhitenedLayer
 
@@ -21,11 +24,14 @@ __all__ = [
     "LAYERS",
     "BatchNorm",
     "Clone",
+    "Rule",
+    "SamePadding",
     "batch_norm",
     "is_layer",
     "is_like_batch_norm",
     "is_quantised",
     "is_sequence",
+    "rule_for",
     "why_not_whiten",
 ]
 
@@ -93,10 +99,10 @@ def is_like_batch_norm(module: nn.Module) -> bool:
 
 
 class Clone(nn.Identity):
-    """Hands on a copy of its input.
+    """Returns a clone of its input.
 
-    A batch norm gives a new tensor. Where it goes and others may still read its input, an operation in place
-    after it, such as ``ReLU(inplace=True)``, would change what they read.
+    A batch norm gives a new tensor. Where it goes, an operation in place after it would change its input, which others
+    may read: a shortcut, a hook, autograd.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,13 +111,20 @@ class Clone(nn.Identity):
 
 @dataclasses.dataclass(frozen=True)
 class BatchNorm:
-    """What there is to know of a recognised batch norm: the activations in it that have to stay."""
+    """What there is to know of a recognised batch norm.
+
+    Attributes:
+        after: the activations in it that have to stay.
+        copies: it has to go on giving a new tensor, as something writes to it.
+    """
 
     after: dict[str, nn.Module]
+    copies: bool = True
 
-    def without(self, alone: bool) -> nn.Module:
-        """What is left when the normalisation goes; ``alone`` when nobody else reads its input."""
-        first: nn.Module = nn.Identity() if alone else Clone()
+    def __call__(self, norm: nn.Module) -> nn.Module:
+        """What is left when the normalisation goes."""
+        new = any(not isinstance(child, (nn.Identity, nn.Dropout)) for child in self.after.values())
+        first: nn.Module = Clone() if self.copies and not new else nn.Identity()
         return nn.Sequential(OrderedDict(norm=first, **self.after)) if self.after else first
 
 
@@ -189,3 +202,116 @@ def is_quantised(module: nn.Module) -> bool:
     """Whether this is a class of torch's quantisation, or made for it."""
     place = type(module).__module__
     return any(part in place for part in (".quantized", "ao.nn.qat", "nn.intrinsic", "quantizable"))
+
+
+Rule: TypeAlias = "Callable[[Any], nn.Module | None]"
+
+
+class SamePadding(nn.Module):
+    """Zero padding that depends on the input, so that a strided convolution sees ``ceil(size / stride)`` positions.
+
+    As TensorFlow pads: one more behind than before where it does not come out even.
+
+    Shapes: ``(N, C, H, W)`` -> ``(N, C, H', W')``.
+    """
+
+    def __init__(self, kernel_size: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        pads: list[int] = []
+        for size, kernel, stride, dilation in zip(
+            reversed(x.shape[-len(self.kernel_size) :]),
+            reversed(self.kernel_size),
+            reversed(self.stride),
+            reversed(self.dilation),
+            strict=True,
+        ):
+            total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+            pads += [total // 2, total - total // 2]
+        return F.pad(x, pads)
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}"
+
+
+def rule_for(module: nn.Module, rules: Mapping[type, Rule] | None) -> tuple[Rule, str] | None:
+    """The rule for a module's class, the user's before ours, and its name; ``None`` when there is none.
+
+    Raises:
+        ConfigError: ``rules`` is not a mapping from classes to functions.
+    """
+    for kind, rule in (rules or {}).items():
+        if not (isinstance(kind, type) and callable(rule)):
+            raise ConfigError(
+                f"rules: expected module classes as keys and functions of one module as values, got {kind!r}: {rule!r}."
+            )
+    for kind in type(module).__mro__:
+        if rules and kind in rules:
+            return rules[kind], f"rule for {kind.__name__}"
+    kind = type(module)
+    known = _KNOWN.get(f"{kind.__module__}.{kind.__name__}")
+    if known is None or "forward" in vars(module) or "weight" not in module._parameters:
+        return None
+    return known
+
+
+class Applied(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def extra_repr(self) -> str:
+        return getattr(self.function, "__name__", repr(self.function))
+
+
+def _plain_conv(conv: Any, padding: Any) -> nn.Conv2d:
+    """torch's convolution with the parameters of another."""
+    plain = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        padding,
+        conv.dilation,
+        conv.groups,
+        bias=conv.bias is not None,
+        device="meta",
+    )
+    plain.weight, plain.bias = conv.weight, conv.bias
+    return plain
+
+
+def _from_conv_same(conv: Any) -> nn.Module:
+    pad = SamePadding(conv.kernel_size, conv.stride, conv.dilation)
+    return nn.Sequential(OrderedDict(pad=pad, conv=_plain_conv(conv, 0)))
+
+
+def _from_conv_norm(conv: Any) -> nn.Module:
+    parts: OrderedDict[str, nn.Module] = OrderedDict(conv=_plain_conv(conv, conv.padding))
+    if conv.norm is not None:
+        parts["norm"] = conv.norm
+    if conv.activation is not None:
+        function = conv.activation
+        parts["activation"] = function if isinstance(function, nn.Module) else Applied(function)
+    return nn.Sequential(parts)
+
+
+def _from_linear(linear: Any) -> nn.Module:
+    plain = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    plain.weight, plain.bias = linear.weight, linear.bias
+    return plain
+
+
+# What a class is rewritten as, by its full name, so that its library need not be installed.
+_KNOWN: dict[str, tuple[Rule, str]] = {
+    "detectron2.layers.wrappers.Conv2d": (_from_conv_norm, "as convolution, norm and activation"),
+    "timm.layers.conv2d_same.Conv2dSame": (_from_conv_same, "as padding and convolution"),
+    "timm.layers.linear.Linear": (_from_linear, "as linear layer: its cast is for scripting only"),
+}

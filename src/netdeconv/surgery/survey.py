@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from netdeconv.config import WhiteningConfig
 from netdeconv.errors import ConfigError
 from netdeconv.nn import ChannelWhitening, Whitening
 from netdeconv.nn.layer import WhitenedLayer
-from netdeconv.surgery.flow import Flow
-from netdeconv.surgery.layers import Setting, setting_for
-from netdeconv.surgery.plan import Action, ConversionPlan, Entry
-from netdeconv.surgery.pooled import behind_global_pooling
-from netdeconv.surgery.recognise import batch_norm, is_layer, is_like_batch_norm, is_quantised, why_not_whiten
-from netdeconv.surgery.rewrite import Rule, rule_for
-from netdeconv.surgery.select import Selection
-from netdeconv.surgery.usage import normalises_by_function, read_by_others
+from netdeconv.surgery.layers import Setting, setting_for, whitened_twin
+from netdeconv.surgery.plan import Action, ConversionPlan, Entry, Selection
+from netdeconv.surgery.recognise import (
+    Rule,
+    batch_norm,
+    is_layer,
+    is_like_batch_norm,
+    is_quantised,
+    rule_for,
+    why_not_whiten,
+)
+from netdeconv.surgery.structure import Structure
+from netdeconv.surgery.watch import Record
 
-__all__ = ["check_model", "survey"]
+__all__ = ["check_model", "fate_of_norm", "feeds_several", "survey"]
 
 _WRAPPERS = {"OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
+_WHITENED = (WhitenedLayer, ChannelWhitening, Whitening)
+_POOLED = "behind a global pooling it sees one row per image"
+_FROZEN = "frozen (requires_grad=False): a fixed function, not a layer that learns"
+_TAKEN = "whitening takes its place"
 
 
 def survey(
@@ -33,71 +42,226 @@ def survey(
     selection: Selection,
     rules: Mapping[type, Rule] | None,
     rewritten: Mapping[nn.Module, bool],
+    record: Record | None = None,
 ) -> ConversionPlan:
-    """The plan of a model; ``rewritten`` says for modules that a rule has seen whether it rewrote them."""
-    check_model(model)
-    read = read_by_others(model)
-    pooled = behind_global_pooling(model)
-    entries: dict[nn.Module, Entry] = {}
-    hidden: set[nn.Module] = set()  # inside a module that goes as a whole
-    left: dict[nn.Module, Entry] = {}  # inside a layer or batch norm that is left: that one
-    for path, aliases, module in _places(model):
-        entry = Entry(path, type(module).__name__, Action.KEEP, "", aliases)
-        if module in hidden:
-            entries[module] = dataclasses.replace(entry, why="part of the module above")
-            continue
-        rule = None if module in rewritten else rule_for(module, rules)
-        concerned = rule is not None or is_like_batch_norm(module) or is_layer(module)  # by itself, not for its parts
-        entry = _decide(entry, module, rule is not None, concerned, selection, read)
-        if rewritten.get(module) is False:
-            entry = dataclasses.replace(entry, action=Action.LEAVE, why="left by its rule", asked=True)
-        if rule is not None and entry.action is Action.REWRITE:
-            entry = dataclasses.replace(entry, why=rule[1])
-        if module in left and (entry.norm or is_quantised(module)) and entry.action in (Action.REMOVE, Action.WHITEN):
-            entry = _left_with(entry, f"inside {left[module].path}, which is left", left[module])
-        if entry.action is Action.WHITEN and module in pooled and not (aliases or selection.names(path, module)):
-            entry = _plain_if_pooled(entry, setting_for(whitening, path, module))
-        if entry.action is Action.LEAVE and (concerned or module in rewritten):
-            left |= dict.fromkeys(set(module.modules()) - {module} - set(left), entry)
-        elif entry.action in (Action.WHITEN, Action.REMOVE, Action.REWRITE):
-            hidden |= set(module.modules())
-        entries[module] = entry
-    _keep_what_nothing_replaces(model, entries, pooled)
-    gone = any(entry.norm and entry.action is Action.REMOVE for entry in entries.values())
-    return ConversionPlan(tuple(_with_bias(entry, module, gone) for module, entry in entries.items()))
+    """The plan of a model.
 
-
-def _plain_if_pooled(entry: Entry, config: WhiteningConfig | None) -> Entry:
-    """The entry of a layer behind a global pooling, which only the published procedure whitens."""
-    if config is not None and not config.debias:
-        return entry
-    return dataclasses.replace(entry, action=Action.LEAVE, why="behind a global pooling it sees one row per image")
-
-
-def _keep_what_nothing_replaces(model: nn.Module, entries: dict[nn.Module, Entry], pooled: set[nn.Module]) -> None:
-    """Leave the batch norms of layers that stay plain: whitening takes the place of those next to whitened layers.
-
-    Before a pooled layer stands the pooling: of the map that a batch norm gives, others are the readers.
+    Args:
+        rewritten: for modules that a rule has seen, whether it rewrote them.
+        record: what was seen while the model ran; ``None`` for a plan from the module tree alone, in which batch norms
+            that the tree does not tell about wait for the first forward.
     """
-    plain = {module for module, entry in entries.items() if entry.action is Action.LEAVE and is_layer(module)}
-    removed = [module for module, entry in entries.items() if entry.action is Action.REMOVE]
-    if not (plain and removed):
-        return
-    flow = Flow(model)
-    for norm in removed:
-        before, after = flow.before[norm], flow.after[norm]
-        cause = next((layer for layer in entries if layer in before & plain), None)
-        if cause is not None:
-            why = f"it normalises the output of {entries[cause].path or 'the model'}, which is left"
-            entries[norm] = _left_with(entries[norm], why, entries[cause])
-        elif not before and after and after <= plain - pooled:
-            cause = next(layer for layer in entries if layer in after)
-            why = f"it normalises the input of {entries[cause].path}, which is left"
-            entries[norm] = _left_with(entries[norm], why, entries[cause])
+    check_model(model)
+    return _Survey(model, whitening, selection, rules, rewritten, record).plan()
 
 
-def _left_with(entry: Entry, why: str, cause: Entry) -> Entry:
-    return dataclasses.replace(entry, action=Action.LEAVE, why=why, asked=cause.asked)
+class _Survey:
+    def __init__(
+        self,
+        model: nn.Module,
+        whitening: Setting,
+        selection: Selection,
+        rules: Mapping[type, Rule] | None,
+        rewritten: Mapping[nn.Module, bool],
+        record: Record | None,
+    ) -> None:
+        self.model, self.whitening, self.selection = model, whitening, selection
+        self.rules, self.rewritten, self.record = rules, rewritten, record
+        self.tree = Structure(model)
+        self.entries: dict[nn.Module, Entry] = {}
+        self.included: set[nn.Module] = set()
+        self.several = feeds_several(self.tree.several, record)
+
+    def plan(self) -> ConversionPlan:
+        hidden: set[nn.Module] = set()  # inside a module that goes as a whole
+        left: dict[nn.Module, Entry] = {}  # inside a layer or batch norm that is left: that one
+        for path, aliases, module in _places(self.model):
+            entry = Entry(path, type(module).__name__, Action.KEEP, "", aliases)
+            if module in hidden:
+                self.entries[module] = dataclasses.replace(entry, why="part of the module above")
+                continue
+            concerned = is_like_batch_norm(module) or is_layer(module)
+            rule = None if module in self.rewritten else rule_for(module, self.rules)
+            entry = self._decide(entry, module, rule)
+            if (
+                module in left
+                and (entry.norm or is_quantised(module))
+                and entry.action in (Action.REMOVE, Action.WHITEN)
+            ):
+                entry = _left(entry, f"inside {left[module].path}, which is left", left[module])
+            if entry.action is Action.LEAVE and (concerned or rule is not None or module in self.rewritten):
+                left |= dict.fromkeys(set(module.modules()) - {module} - set(left), entry)
+            elif entry.action in (Action.WHITEN, Action.REMOVE, Action.REWRITE):
+                hidden |= set(module.modules())
+            self.entries[module] = entry
+        norms = [module for module, entry in self.entries.items() if entry.action is Action.REMOVE]
+        for norm in norms:
+            self._settle(norm)
+        gone = any(entry.norm and entry.action in (Action.REMOVE, Action.WAIT) for entry in self.entries.values())
+        return ConversionPlan(tuple(self._finished(module, entry, gone) for module, entry in self.entries.items()))
+
+    def _decide(self, entry: Entry, module: nn.Module, rule: tuple[Rule, str] | None) -> Entry:
+        """The entry of one module by itself, filled in."""
+        if isinstance(module, _WHITENED):
+            return dataclasses.replace(entry, why="whitened already")
+        norm = is_like_batch_norm(module)
+        concerned = norm or rule is not None or is_layer(module)  # as a whole
+        unwanted = self.selection.why_not(entry.path, module)  # also of containers: every pattern has to match once
+        by_function = not concerned and self.record is not None and module in self.record.by_function
+        if not (concerned or by_function):
+            return dataclasses.replace(entry, why=_why_kept(module))
+        entry = dataclasses.replace(entry, norm=norm or by_function)
+        if unwanted is not None:
+            return _left(entry, unwanted, asked=True)
+        if by_function:
+            return _left(entry, f"{entry.kind} calls batch_norm by function")
+        if self.rewritten.get(module) is False:
+            return _left(entry, "left by its rule", asked=True)
+        if self.selection.names(entry.path, module):
+            self.included.add(module)
+        if module in self.tree.read:
+            return _left(entry, self.tree.read[module])
+        if self.record is not None and module in self.record.weights and module not in self.included:
+            return _left(entry, f"its weight is read elsewhere ({self.record.weights[module]})")
+        if rule is not None:
+            return dataclasses.replace(entry, action=Action.REWRITE, why=rule[1], build=rule[0])
+        return self._decide_norm(entry, module) if norm else self._decide_layer(entry, module)
+
+    def _decide_norm(self, entry: Entry, module: nn.Module) -> Entry:
+        found = batch_norm(module)
+        if isinstance(found, str):
+            return _left(entry, found)
+        why = _TAKEN
+        if found.after:
+            why += f"; {', '.join(type(child).__name__ for child in found.after.values())} stays"
+        return dataclasses.replace(entry, action=Action.REMOVE, why=why, build=found)
+
+    def _decide_layer(self, entry: Entry, module: Any) -> Entry:
+        reason = why_not_whiten(module)
+        if reason is not None:
+            return _left(entry, reason)
+        setting = setting_for(self.whitening, entry.path, module)
+        if module not in self.included:
+            if not module.weight.requires_grad:
+                return _left(entry, _FROZEN, asked=True)
+            if module in self.several:
+                return _left(entry, _several_norms(self.model, self.several[module]))
+            published = setting is not None and not setting.debias
+            if self._is_pooled(module) and not (entry.aliases or published):
+                return _left(entry, _POOLED)
+        why = "linear layer" if isinstance(module, nn.Linear) else "convolution"
+        build = functools.partial(whitened_twin, whitening=setting, path=entry.path)
+        return dataclasses.replace(entry, action=Action.WHITEN, why=why, build=build)
+
+    def _is_pooled(self, module: Any) -> bool:
+        """Whether a layer sees one number per channel and image, which only the published procedure whitens."""
+        if module in self.tree.pooled:
+            return True
+        pointwise = not isinstance(module, nn.Linear) and set(module.kernel_size) == {1}
+        return pointwise and self.record is not None and self.record.rows.get(module, False)
+
+    def _settle(self, norm: nn.Module) -> None:
+        """Keep a batch norm that no whitened layer takes the place of, or of which nothing tells yet."""
+        entry = self.entries[norm]
+        if norm in self.included:
+            return
+        place = functools.partial(_name, self.entries)
+        if self.record is not None and norm in self.record.sources:
+            fate = fate_of_norm(norm, self.record, self._is_whitened, place)
+            if fate is not None:
+                self.entries[norm] = _left(entry, fate[0], self.entries.get(fate[1]) if fate[1] is not None else None)
+            return
+        beside = self.tree.neighbours[norm]
+        plain = next((layer for layer in beside.before if not self._is_whitened(layer)), None)
+        if plain is not None and (beside.sure or plain in self.tree.pooled):
+            why = f"it normalises the output of {place(plain)}"
+            self.entries[norm] = _left(entry, why, self.entries.get(plain))
+            return
+        taken = bool(beside.before) or any(map(self._is_whitened, beside.after))
+        told = beside.rivals is not None and all(map(self._is_whitened, beside.before | beside.rivals))
+        if taken and (beside.sure or told):
+            return
+        self.entries[norm] = self._in_doubt(entry, beside.after, place)
+
+    def _in_doubt(self, entry: Entry, after: Iterable[nn.Module], place: Callable[[nn.Module], str]) -> Entry:
+        if not any(map(self._is_whitened, self.entries)):
+            return _left(entry, "no whitened layer takes its place")
+        if self.record is not None:
+            return _left(entry, "the example does not reach it, and the module tree does not show what feeds it")
+        return dataclasses.replace(
+            entry, action=Action.WAIT, why="stays until the first forward shows what feeds it, and what reads it"
+        )
+
+    def _is_whitened(self, layer: nn.Module) -> bool:
+        entry = self.entries.get(layer)
+        return isinstance(layer, _WHITENED) or (
+            entry is not None and entry.action in (Action.WHITEN, Action.REWRITE) and not entry.norm
+        )
+
+    def _finished(self, module: Any, entry: Entry, gone: bool) -> Entry:
+        """With all that carrying it out needs."""
+        if entry.action is Action.WHITEN:
+            why = f"{entry.why}, gains a bias" if gone and module.bias is None else entry.why
+            build: Any = entry.build
+            return dataclasses.replace(entry, why=why, build=functools.partial(build, with_bias=gone))
+        if entry.action in (Action.REMOVE, Action.WAIT):
+            found: Any = entry.build
+            if self.record is not None and module in self.record.sources:
+                copies = module in self.record.written
+            else:
+                copies = module not in self.tree.fresh
+            return dataclasses.replace(entry, build=dataclasses.replace(found, copies=copies))
+        if gone and getattr(module, "inplace", None) is True and not entry.why.startswith("part"):
+            return dataclasses.replace(entry, why=f"{entry.why}; no longer in place")
+        return entry
+
+
+def feeds_several(tree: Mapping[nn.Module, list[nn.Module]], record: Record | None) -> dict[nn.Module, list[nn.Module]]:
+    """Layers whose calls go to one batch norm here and to another there, with these, by the tree and by a run."""
+    return {**tree, **(record.shared() if record is not None else {})}
+
+
+def fate_of_norm(
+    norm: nn.Module, record: Record, whitened: Callable[[nn.Module], bool], name: Callable[[nn.Module], str]
+) -> tuple[str, nn.Module | None] | None:
+    """Why a batch norm that ran has to stay, and the module that is the cause; ``None`` where whitening replaces it.
+
+    Whitening takes the place of the batch norm of a whitened layer; where a batch norm normalises an input of the
+    model, or a sum of which not all is whitened, also the place of one that is read by a whitened layer.
+    """
+    makers, readers = record.makers(norm), record.readers.get(norm, set())
+    plain = min((layer for layer in makers if not whitened(layer)), key=name, default=None)  # always the same one
+    if makers and plain is None:
+        return None
+    if plain is not None and (not record.joined(norm) or not any(map(whitened, makers))):
+        return f"it normalises the output of {name(plain)}", plain
+    if any(map(whitened, readers)):
+        return None
+    reader = min(readers, key=name, default=None)
+    if reader is not None:
+        return f"it normalises the input of {name(reader)}", reader
+    return "no whitened layer takes its place", None
+
+
+def _name(entries: Mapping[nn.Module, Entry], layer: nn.Module) -> str:
+    """A layer that stays, by its path, and what it is."""
+    entry = entries.get(layer)
+    path = "the model" if entry is None or not entry.path else entry.path
+    if entry is not None and entry.action is Action.LEAVE:
+        return f"{path}, which is left"
+    return f"{path} ({type(layer).__name__}), which is not whitened"
+
+
+def _several_norms(model: nn.Module, norms: list[nn.Module]) -> str:
+    paths = {module: path for path, module in model.named_modules()}
+    names = [paths.get(norm, "?") for norm in norms]
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"it feeds several batch norms ({shown}), each with statistics of its own"
+
+
+def _left(entry: Entry, why: str, cause: Entry | None = None, asked: bool = False) -> Entry:
+    asked = asked or (cause is not None and cause.asked)
+    return dataclasses.replace(entry, action=Action.LEAVE, why=why, asked=asked, build=None)
 
 
 def _places(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...], nn.Module]]:
@@ -109,54 +273,12 @@ def _places(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...], nn.Module]
         yield first, tuple(others), module
 
 
-def _decide(
-    entry: Entry, module: nn.Module, ruled: bool, concerned: bool, selection: Selection, read: Mapping[Any, str]
-) -> Entry:
-    """The entry of one module, filled in; ``concerned`` where there is something to decide about it as a whole."""
-    if isinstance(module, (WhitenedLayer, ChannelWhitening, Whitening)):
-        return dataclasses.replace(entry, why="whitened already")
-    norm = is_like_batch_norm(module)
-    unwanted = selection.why_not(entry.path, module)  # also asked of containers: every pattern has to match once
-    function = None if concerned else normalises_by_function(module)
-    if function is None and not concerned:
-        return dataclasses.replace(entry, why=_why_kept(module))
-    entry = dataclasses.replace(entry, norm=norm or function is not None)
-    if unwanted is not None:
-        return dataclasses.replace(entry, action=Action.LEAVE, why=unwanted, asked=True)
-    if function is not None:
-        return dataclasses.replace(entry, action=Action.LEAVE, why=f"{function} calls batch_norm by function")
-    if module in read:
-        return dataclasses.replace(entry, action=Action.LEAVE, why=read[module])
-    if ruled:
-        return dataclasses.replace(entry, action=Action.REWRITE)
-    if norm:
-        found = batch_norm(module)
-        if isinstance(found, str):
-            return dataclasses.replace(entry, action=Action.LEAVE, why=found)
-        why = "whitening takes its place"
-        if found.after:
-            why += f"; {', '.join(type(child).__name__ for child in found.after.values())} stays"
-        return dataclasses.replace(entry, action=Action.REMOVE, why=why)
-    reason = why_not_whiten(module)
-    if reason is not None:
-        return dataclasses.replace(entry, action=Action.LEAVE, why=reason)
-    why = "linear layer" if isinstance(module, nn.Linear) else "convolution"
-    return dataclasses.replace(entry, action=Action.WHITEN, why=why)
-
-
 def _why_kept(module: nn.Module) -> str:
     if any(True for _ in module.children()):
         return "container"
     if "norm" in type(module).__name__.lower():
         return "a normalisation, but not a batch norm"
     return "no convolution, linear layer or batch norm"
-
-
-def _with_bias(entry: Entry, module: Any, gone: bool) -> Entry:
-    """Layers without a bias gain one where batch norms go, whose shifts stood for it."""
-    if entry.action is Action.WHITEN and gone and module.bias is None:
-        return dataclasses.replace(entry, why=f"{entry.why}, gains a bias")
-    return entry
 
 
 def check_model(model: Any) -> None:
