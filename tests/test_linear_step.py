@@ -155,3 +155,21 @@ def test_rows_without_statistics_are_no_step(value: float, monkeypatch: pytest.M
     for (name, one), other in zip(layers[0].state_dict().items(), layers[1].state_dict().values(), strict=True):
         torch.testing.assert_close(one, other, **CLOSE, msg=name)
     assert int(layers[0].whitening.num_skipped) == 1
+
+
+@pytest.mark.parametrize("size", [1e10, 1e-12])
+def test_numbers_whose_squares_leave_the_range_go_the_other_way(size: float) -> None:
+    torch.manual_seed(0)
+    layer = WhitenedLinear(5, 3, whitening=WhiteningConfig(eps=0))
+    y = layer(torch.randn(40, 5) * size)
+    assert 0.1 < float(y.detach().std()) < 10  # white, whatever the input's size
+    assert int(layer.whitening.num_updates) == 1
+
+
+def test_who_hooks_the_whitening_sees_its_calls() -> None:
+    layer, seen = WhitenedLinear(5, 3), []
+    handle = layer.whitening.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    layer(torch.randn(8, 5))
+    handle.remove()
+    layer(torch.randn(8, 5))
+    assert seen == [8]

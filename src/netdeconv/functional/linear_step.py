@@ -77,8 +77,12 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _by_parts(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The same with a gradient of its own, from operators that have one."""
-    x, weight, bias, *_ = ctx.saved_tensors
+    """The same with a gradient of its own, from operators that have one.
+
+    Of views: x may depend on the weight, and that way is for others to go.
+    """
+    x, weight = (value.view_as(value) for value in ctx.saved_tensors[:2])
+    bias = None if ctx.saved_tensors[2] is None else ctx.saved_tensors[2].view_as(ctx.saved_tensors[2])
     eps, num_iters, _ = ctx.rest
     eye = _eye(x.shape[1], x.dtype, x.device)
     centred = x - x.mean(0)

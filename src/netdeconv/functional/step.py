@@ -170,7 +170,11 @@ def _along_scale_in_x(
 def _add_gradient_of_scale(x: Tensor, grad_x: Tensor, along: Tensor, slope: Slope) -> None:
     """Add to the gradient of x, in place, that through the variances, of which ``along / 2`` is minus the gradient."""
     own, common = slope.own, slope.common
-    factor, share = (along, own) if isinstance(own, float) else (along * own, 1.0)
+    # One number waits for the last operators, but in half precision, where the factor may be too large without it.
+    if isinstance(own, float) and x.dtype == along.dtype:
+        factor, share = along, own
+    else:
+        factor, share = along * own, 1.0
     if common is not None:
         factor = factor + torch.dot(along, common)
     some, part = some_images(x, slope.max_rows), some_images(grad_x, slope.max_rows)
@@ -179,8 +183,13 @@ def _add_gradient_of_scale(x: Tensor, grad_x: Tensor, along: Tensor, slope: Slop
 
 
 def _by_parts(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The same with a gradient of its own, from operators that have one."""
-    x, weight, bias, mean, scale, _, *roots = ctx.saved_tensors
+    """The same with a gradient of its own, from operators that have one.
+
+    Of views: x may depend on the weight, and that way is for others to go.
+    """
+    x, weight = (value.view_as(value) for value in ctx.saved_tensors[:2])
+    bias = None if ctx.saved_tensors[2] is None else ctx.saved_tensors[2].view_as(ctx.saved_tensors[2])
+    mean, scale, _, *roots = ctx.saved_tensors[3:]
     slope, blocks, geometry, dtype = ctx.rest
     _, var, _ = channel_variance(x, max_rows=slope.max_rows)
     depends = torch.as_tensor(slope.own, device=x.device) + (0 if slope.common is None else slope.common)

@@ -42,7 +42,7 @@ def transformed() -> bool:
 
 
 def traced() -> bool:
-    """:func:`watched`, or torch's compiler looks on."""
+    """:func:`transformed`, or torch's compiler is tracing."""
     return torch.compiler.is_compiling() or transformed()
 
 
@@ -110,7 +110,7 @@ def without_caching() -> Iterator[None]:
 
 
 def caching_is_unsafe() -> bool:
-    """Whether something traces, so that constants cannot be kept."""
+    """Whether tensors made now must not be kept: under a tracer, a dispatch mode, graph capture, as was asked for."""
     if torch.compiler.is_compiling() or getattr(_local, "without_caching", False):
         return True
     capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -1,36 +1,36 @@
-"""What recent training steps were whitened by, for activation checkpointing, which runs them once more."""
+"""What training steps were whitened by, for activation checkpointing, which runs them once more."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd.function import FunctionCtx
 
 from netdeconv.errors import StatisticsError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
 
-__all__ = ["Call", "Calls", "in_backward", "may_be_repeated"]
+__all__ = ["Call", "Calls", "Checkpoint", "current_checkpoint", "in_backward"]
 
-_KEPT = 128
-_TOLERANCE = 0.01  # of the largest mean: nondeterministic kernels, reversible networks
+_KEPT = 1024
+_TOLERANCE = 0.01  # of the largest mean
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Call:
     """One training step of a layer; all tensors are constants that nobody writes to.
 
     Attributes:
-        key: mean patch of the batch, by which the call is found again.
+        key: mean patch of the batch.
         mean, scale, roots: what the step was whitened by; ``roots`` is ``None`` where it is a function of the batch.
         counts: whether the batch had statistics.
         turn: number of the refresh, where the step was one.
-        repeated: how often it has been run again.
     """
 
     key: Tensor
@@ -39,79 +39,109 @@ class Call:
     roots: tuple[Tensor, ...] | None
     counts: Tensor | bool
     turn: Tensor | None
-    repeated: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """The activation checkpoint that a forward runs in.
+
+    Attributes:
+        holder: an object that lives as long as what the checkpoint saves.
+        repeats: whether this is its recomputation.
+        within: holders of checkpoints that are made in there, and may ask for the same calls.
+    """
+
+    holder: Any
+    repeats: bool
+    within: tuple[Any, ...] = ()
 
 
 class Calls:
-    """The calls that may be repeated, latest last. A copy or pickle of a layer starts without any.
+    """The calls of one layer in activation checkpoints. A copy or pickle of a layer starts without any.
 
     A recomputation happens later than its forward, with other calls and refreshes in between, so it cannot use the
-    statistics of the moment; and torch does not say which call it repeats. What it does repeat is the input, so a call
-    is found by the mean of its batch, and among equal ones the latest comes first, as in a backward pass.
+    statistics of the moment. Calls are kept by their checkpoint, in order, and die with it.
     """
 
     def __init__(self) -> None:
-        self._kept: deque[Call] = deque(maxlen=_KEPT)
-        self._roots_of: list[tuple[int, int]] = []
+        self._recent: deque[weakref.ref[Call]] = deque(maxlen=_KEPT)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Calls, ()
 
-    def __len__(self) -> int:
-        return len(self._kept)
+    def alive(self) -> list[Call]:
+        """Those that may be repeated, latest last."""
+        return [call for call in (ref() for ref in self._recent) if call is not None]
 
-    def clear(self) -> None:
-        """Forget all calls."""
-        self._kept.clear()
-        self._roots_of = []
+    def add(self, checkpoint: Checkpoint, call: Call) -> None:
+        """Keep a call for as long as the checkpoint that asks for it."""
+        for holder in (*([] if checkpoint.repeats else [checkpoint.holder]), *checkpoint.within):
+            self._of(holder)[0].append(call)
+        self._recent.append(weakref.ref(call))
 
-    def add(self, call: Call, buffers: Sequence[Tensor]) -> None:
-        """Keep a call, and forget those that have been repeated: their backward pass is over.
+    def next(self, checkpoint: Checkpoint) -> Call | None:
+        """The call that a recomputation has come to, ``None`` where the checkpoint has none."""
+        calls, places = self._of(checkpoint.holder)
+        task = torch._C._current_graph_task_id()  # a graph that is retained is recomputed in every backward pass
+        place = places[task] = places.get(task, -1) + 1
+        return calls[place] if place < len(calls) else None
 
-        Args:
-            call: its ``roots`` may be the buffers themselves, of which a copy is kept.
-            buffers: where roots are remembered.
-        """
-        while self._kept and self._kept[0].repeated:
-            self._kept.popleft()
-        if call.roots is not None and any(root is buffer for root in call.roots for buffer in buffers):
-            versions = [(buffer.data_ptr(), buffer._version) for buffer in buffers]
-            last = self._kept[-1].roots if self._kept and versions == self._roots_of else None
-            call.roots = last or tuple(root.detach().clone() for root in call.roots)
-            self._roots_of = versions
-        else:
-            self._roots_of = []
-        self._kept.append(call)
+    def nearest(self, checkpoint: Checkpoint, key: Tensor, label: str) -> Call | None:
+        """The call of a batch with this mean patch, wanted in a checkpoint within one that is recomputed.
 
-    def repeated(self, key: Tensor, label: str) -> Call:
-        """The call of a batch with this mean patch.
+        ``None`` without any; or, in the backward pass of a function that is no checkpoint, of such a batch.
 
         Raises:
-            StatisticsError: there is none.
+            StatisticsError: there is none of such a batch in a checkpoint.
         """
+        calls = [call for call in self.alive() if call.key.shape == key.shape and call.key.device == key.device]
+        if not calls:
+            return None
         wanted = key.detach().nan_to_num()
-        away = torch.stack([(call.key.nan_to_num() - wanted).abs().amax() for call in self._kept]).tolist()
+        away = torch.stack([(call.key.nan_to_num() - wanted).abs().amax() for call in calls]).tolist()
         nearest = min(away)
         if nearest > _TOLERANCE * float(wanted.abs().amax()):
+            if isinstance(checkpoint.holder, FunctionCtx) and "Checkpoint" not in type(checkpoint.holder).__name__:
+                return None
             raise StatisticsError(
-                f"{label}: expected the recomputation of one of the last {len(self)} training steps of this layer, got "
-                "another input in a backward pass. Checkpoint with use_reentrant=False, run the backward pass before "
-                f"{_KEPT} more forward passes, and leave random choices to torch's generators."
+                f"{label}: expected the recomputation of an earlier training step in nested activation checkpoints, "
+                "got another input. Leave random choices to torch's generators, or checkpoint without nesting."
             )
-        equal = [call for call, distance in zip(self._kept, away, strict=True) if distance == nearest]
-        call = min(reversed(equal), key=lambda call: call.repeated)
-        call.repeated += 1
-        return call
+        return calls[len(away) - 1 - away[::-1].index(nearest)]
+
+    def _of(self, holder: Any) -> tuple[list[Call], dict[int, int]]:
+        kept = holder.__dict__.setdefault("_netdeconv_calls", {})
+        found: tuple[list[Call], dict[int, int]] = kept.setdefault(id(self), ([], {}))
+        return found
 
 
-def may_be_repeated() -> bool:
-    """Whether the forward pass that is running may be run again: it records no gradient, or nothing for it.
+def current_checkpoint() -> Checkpoint | None:
+    """The activation checkpoint that this forward runs in, the innermost one that is recomputed if any is.
 
-    So do both kinds of checkpoint: without gradient, and with hooks that drop the tensors that are saved for it.
+    The one without reentrance puts hooks on the tensors that are saved, which know its frame; others, torch's reentrant
+    one too, are autograd functions that run a forward without gradient, and again in their backward pass.
     """
-    if torch.is_inference_mode_enabled():
-        return False
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None:
+        pack = getattr(hooks[0], "_torchdynamo_orig_callable", hooks[0])
+        code, cells = getattr(pack, "__code__", None), getattr(pack, "__closure__", None) or ()
+        known = {} if code is None else dict(zip(code.co_freevars, cells, strict=False))
+        if "target_frame_ref" in known:
+            return Checkpoint(known["target_frame_ref"].cell_contents(), True)
+        if "frame" in known:
+            return Checkpoint(known["frame"].cell_contents, False)
+    if torch.is_grad_enabled() and not in_backward():
+        return None
+    frame, within = sys._getframe(1), []
+    while frame is not None:
+        if "ctx" in frame.f_code.co_varnames:
+            found = frame.f_locals.get("ctx")
+            if isinstance(found, FunctionCtx) and hasattr(found, "__dict__"):
+                if frame.f_code.co_name == "backward":
+                    return Checkpoint(found, True, tuple(within))
+                within.append(found)
+        frame = frame.f_back  # type: ignore[assignment]
+    return Checkpoint(within[-1], False, tuple(within[:-1])) if within else None
 
 
 def in_backward() -> bool:

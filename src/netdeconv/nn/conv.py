@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,32 +76,41 @@ class _WhitenedConv(WhitenedLayer):
                 f"{self.whitening.label}: expected {name}={getattr(self, name)!r}, which the whitening statistics were "
                 f"made for, got {value!r}. Build another layer, and put it in the place of this one."
             )
+        before = getattr(self, name) if built and name in _GEOMETRY else None
         super().__setattr__(name, value)
-        if built and name in _GEOMETRY:
-            self.whitening.look_through(_window_of(self))
+        if before is not None:
+            try:
+                self.whitening.look_through(_window_of(self))
+            except (TypeError, ValueError) as error:
+                super().__setattr__(name, before)
+                raise ValueError(
+                    f"{self.whitening.label}: expected {name} as torch's convolutions take it, got {value!r}. Pass a "
+                    f"number, or one for each of {len(self._spatial)} dimensions."
+                ) from error
 
     def forward(self, input: Tensor) -> Tensor:  # torch's name for it, as calls by keyword need
         x = input
         if is_symbol(x):
             return as_leaf(self, x)
         dims = len(self._spatial)
+        own = self.weight  # read once: a parametrization computes it anew
         if not torch.jit.is_tracing():
-            self._check(x)
-        geometry = self._geometry(x) if x.dim() == dims + 2 else None
+            self._check(x, own.dtype)
+        geometry = self._geometry(x, own) if x.dim() == dims + 2 else None
         if geometry is None:
-            weight, bias = self.whitened_parameters(x if x.dim() == dims + 2 else x.unsqueeze(0))
+            weight, bias = self.whitened_parameters(x if x.dim() == dims + 2 else x.unsqueeze(0), own)
         else:
-            found = self.whitening(x, by_hand=True, weight=self.weight)
+            found = self.whitening(x, by_hand=True, weight=own)
             if found is not None and found.slope is not None:
                 state = (found.mean, found.roots, found.scale, found.slope, self.whitening.blocks)
-                return whitened_convolution(x, self.weight, self.bias, *state, geometry)
-            weight, bias = (self.weight, self.bias) if found is None else self._fold(found)
+                return whitened_convolution(x, own, self.bias, *state, geometry)
+            weight, bias = (own, self.bias) if found is None else self._fold(found, own)
         output: Tensor = self._conv_forward(x, weight, bias)
         return output
 
-    def _check(self, x: Tensor) -> None:
+    def _check(self, x: Tensor, dtype: torch.dtype) -> None:
         label, dims = self.whitening.label, len(self._spatial)
-        check_floating(x, label, self.weight.dtype)
+        check_floating(x, label, dtype)
         if x.dim() not in (dims + 1, dims + 2):
             raise ShapeError(
                 f"{label}: expected x of shape {self._expected}, got {tuple(x.shape)} with {x.dim()} dimensions. "
@@ -109,12 +119,12 @@ class _WhitenedConv(WhitenedLayer):
         check_channels(x, -1 - dims, self.in_channels, self._expected, label)
         check_fits(x, self.whitening.window, self._expected, label)
 
-    def _geometry(self, x: Tensor) -> Geometry | None:
+    def _geometry(self, x: Tensor, weight: Tensor) -> Geometry | None:
         """How x is convolved, where a training step is one autograd node; ``None`` where it is not.
 
         That is a step with a scale and a root without gradient, of one process, that nothing traces.
         """
-        whitening, recorded = self.whitening, torch.is_grad_enabled() and self.weight.requires_grad
+        whitening, recorded = self.whitening, torch.is_grad_enabled() and weight.requires_grad
         if not (recorded and whitening.scales_alone() and self.padding_mode == "zeros") or traced():
             return None
         window = whitening.window
@@ -189,7 +199,10 @@ def _window_of(conv: Any) -> Window:
 
 def _for_each(value: Any, dims: int) -> tuple[int, ...]:
     """One number for every dimension, or the same for all."""
-    return (int(value),) * dims if isinstance(value, int) else tuple(value)
+    found = (value,) * dims if isinstance(value, numbers.Integral) else tuple(value)
+    if len(found) != dims or not all(isinstance(each, numbers.Integral) for each in found):
+        raise ValueError(f"expected {dims} whole numbers, got {value!r}")
+    return tuple(int(each) for each in found)
 
 
 def _same(taps: int, dilation: int) -> tuple[int, int]:

@@ -31,19 +31,19 @@ class WhitenedLayer(nn.Module):
     bias: Any
     whitening: Whitening
 
-    def whitened_parameters(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias that whiten x ``(N, C, *spatial)`` and then do what the layer does."""
+    def whitened_parameters(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias that whiten x ``(N, C, *spatial)`` and then do what the layer does with this weight."""
         whitening = self.whitening
         if whitening.gathers_statistics() or torch.is_grad_enabled() or traced():
-            found = whitening(x, weight=self.weight)
-            return (self.weight, self.bias) if found is None else self._fold(found)
+            found = whitening(x, weight=weight)
+            return (weight, self.bias) if found is None else self._fold(found, weight)
         if whitening._forward_pre_hooks or whitening._forward_hooks:
             whitening(x)  # for whoever wants to see its input
-        made_of = [self.weight, self.bias, *whitening.remembered_in()]
-        return self._cache.folded([tensor for tensor in made_of if tensor is not None], self.folded)
+        made_of = [tensor for tensor in (weight, self.bias, *whitening.remembered_in()) if tensor is not None]
+        return self._cache.folded(made_of, lambda: self._fold(whitening.remembered(), weight))
 
-    def _fold(self, found: Statistics) -> tuple[Tensor, Tensor]:
-        return fold(self.weight, self.bias, found.mean, found.roots, self.whitening.blocks, found.scale)
+    def _fold(self, found: Statistics, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return fold(weight, self.bias, found.mean, found.roots, self.whitening.blocks, found.scale)
 
     @functools.cached_property
     def _cache(self) -> FoldCache:
@@ -51,7 +51,7 @@ class WhitenedLayer(nn.Module):
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the plain layer that equals this one in evaluation mode."""
-        return self._fold(self.whitening.remembered())
+        return self._fold(self.whitening.remembered(), self.weight)
 
 
 def check_floating(x: Tensor, label: str, dtype: torch.dtype | None = None) -> None:

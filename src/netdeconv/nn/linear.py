@@ -59,21 +59,22 @@ class WhitenedLinear(WhitenedLayer, nn.Linear):
         x = input
         if is_symbol(x):
             return as_leaf(self, x)
+        own = self.weight  # read once: a parametrization computes it anew
         if not torch.jit.is_tracing():
-            self._check(x)
+            self._check(x, own.dtype)
         rows, whitening = x.reshape(-1, self.in_features), self.whitening
         if whitening.takes_own_root(rows):
             eps, num_iters = whitening.config.eps, whitening.config.num_iters
             assert num_iters is not None
-            y, *found = whitened_linear(rows, self.weight, self.bias, eps=eps, num_iters=num_iters)
+            y, *found = whitened_linear(rows, own, self.bias, eps=eps, num_iters=num_iters)
             if whitening.took(*found):
                 return y.reshape(*x.shape[:-1], self.out_features)
-        weight, bias = self.whitened_parameters(rows)
+        weight, bias = self.whitened_parameters(rows, own)
         return F.linear(x, weight, bias)
 
-    def _check(self, x: Tensor) -> None:
+    def _check(self, x: Tensor, dtype: torch.dtype) -> None:
         label = self.whitening.label
-        check_floating(x, label, self.weight.dtype)
+        check_floating(x, label, dtype)
         if x.dim() == 0:
             raise ShapeError(
                 f"{label}: expected x of shape (*, {self.in_features}), got a scalar. Pass x.reshape(1, -1)."

@@ -193,7 +193,8 @@ class RunningStatistics(nn.Module):
         if self._looked_at or traced() or self.running_mean.is_meta:
             return
         self._looked_at = True
-        if self.num_updates > 0 or self.running_mean.any() or not self._matrices_are_identity():
+        scaled = self.running_var is not None and bool((self.running_var != 1).any())
+        if self.num_updates > 0 or scaled or self.running_mean.any() or not self._matrices_are_identity():
             return
         warnings.warn(
             "netdeconv: expected whitening statistics from training, got none so far: whitened layers act as the plain "
@@ -247,7 +248,7 @@ class RunningStatistics(nn.Module):
     def _after_loading(self) -> None:
         if not self.num_steps.is_meta:
             self._clock.follow(self.num_steps, self.num_updates, look=True)
-            self._skipped = int(self.num_skipped)
+            self._skipped, self._looked_at = int(self.num_skipped), False
 
     def _why_not(self, state_dict: dict[str, Any], prefix: str) -> str | None:
         """Why statistics that were saved under other settings cannot be these; ``None`` where they can."""
@@ -272,7 +273,7 @@ def _identity_like(matrices: Tensor) -> Tensor:
 
 def constant(value: Tensor) -> Tensor:
     """The value without its gradient, if it has one."""
-    return value.detach() if value.requires_grad else value
+    return value.detach() if value.requires_grad or traced() else value
 
 
 def kept(value: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from netdeconv.errors import StatisticsError
 from netdeconv.functional import Blocks, Moments
-from netdeconv.functional.precision import without_autocast
+from netdeconv.functional.precision import at_least_float32, without_autocast
+from netdeconv.functional.tracing import cached_constant
 
 __all__ = [
     "Place",
@@ -30,7 +31,8 @@ _ELSEWHERE = (
     "expected all processes to call the same layers in the same order with the same weights and running means, as "
     "SyncBatchNorm does; build layers that some processes skip with WhiteningConfig(sync=False)"
 )
-_DIGITS, _LEAST = 1e-2, 1e-6  # processors round differently, and layers differ by more
+_PRIME, _WHOLE = 4093, 3  # the first numbers are whole ones below it, in float32 without rounding
+_DIGITS, _LEAST = 1e-2, 1e-6  # of the others: processors round differently, and layers differ by more
 
 
 def distributed(process_group: Any = None) -> bool:
@@ -84,14 +86,12 @@ class Place(NamedTuple):
 
     @classmethod
     def of(cls, label: str, name: str, step: Tensor, values: Sequence[Tensor]) -> Place:
-        """Told apart from others by a name and a step, and by the sum and the first of values that processes share."""
-        code = zlib.crc32(f"{label} {name}".encode())
-        dtype, device = torch.promote_types(values[0].dtype, torch.float32), values[0].device
-        codes = torch.tensor([code % 4093, code // 4093 % 4093], dtype=dtype, device=device)
-        parts = [codes, step.reshape(1).to(dtype)]
+        """Told apart from others by a name, a step, and entries of tensors that all processes have alike."""
+        dtype, device = at_least_float32(values[0].dtype), values[0].device
+        parts = [_code(f"{label} {name}", dtype, device), (step % _PRIME).reshape(1).to(dtype)]
         for value in values:
-            flat = value.detach().flatten().to(dtype)
-            parts += [flat[:1], flat.sum(0, keepdim=True)]
+            flat = value.detach().flatten()
+            parts += [flat[place : place + 1].to(dtype) for place in (0, len(flat) // 2, len(flat) - 1)]
         return cls(label, torch.cat(parts).nan_to_num())
 
     @property
@@ -107,7 +107,9 @@ class Place(NamedTuple):
 
     def everywhere(self, rows: Tensor) -> Tensor:
         """Whether all processes are here, by their rows."""
-        return torch.isclose(rows.reshape(-1, len(self.numbers)), self.numbers, rtol=_DIGITS, atol=_LEAST).all()
+        rows = rows.reshape(-1, len(self.numbers))
+        same = (rows[:, :_WHOLE] == self.numbers[:_WHOLE]).all()
+        return same & torch.isclose(rows[:, _WHOLE:], self.numbers[_WHOLE:], rtol=_DIGITS, atol=_LEAST).all()
 
     def check(self, process_group: Any) -> None:
         """Compare with all processes.
@@ -123,6 +125,12 @@ class Place(NamedTuple):
         dist.all_gather_object(labels, self.label, group=process_group)
         got = ", ".join(f"{label} in process {rank}" for rank, label in enumerate(labels))
         raise StatisticsError(f"{self.label}: {_ELSEWHERE}, got {got}.")
+
+
+@cached_constant
+def _code(name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    code = zlib.crc32(name.encode())
+    return torch.tensor([code % _PRIME, code // _PRIME % _PRIME], dtype=dtype, device=device)
 
 
 class Share(NamedTuple):

@@ -17,7 +17,7 @@ from netdeconv.functional.isqrt import solves_by_chebyshev
 from netdeconv.functional.precision import at_least_float32
 from netdeconv.functional.tracing import batched, traced
 from netdeconv.nn.batch import BatchStatistics
-from netdeconv.nn.calls import Call, Calls, in_backward, may_be_repeated
+from netdeconv.nn.calls import Call, Calls, Checkpoint, current_checkpoint, in_backward
 from netdeconv.nn.estimator import Estimator
 from netdeconv.nn.refresh import Counters, all_finite, averaged_roots, opaque_refresh, refreshed
 from netdeconv.nn.running import Batch, Statistics, kept
@@ -106,21 +106,24 @@ class Whitening(BatchStatistics):
             StatisticsError: with ``sync``, some processes train while others are frozen or in evaluation mode; or a
                 backward pass runs the layer on something that is no recomputation.
         """
-        shared = self._shared()
-        if shared and not torch.compiler.is_compiling():
+        shared, compiling = self._shared(), torch.compiler.is_compiling()
+        if shared and not compiling:
             self._check_mode()
-            check_not_joining(self.label)
-            known = (self.running_mean, self.running_mean if weight is None else weight)
-            self._place = Place.of(self.label, self.estimator.serialized, self.num_steps, known)
         if not self.gathers_statistics():
             return self.remembered()
         if self._sees_single_pixels(x):
             return None
         if x.numel() == 0 and not shared:
             return self._running(self._last_roots())
-        compiling = torch.compiler.is_compiling()
-        if not compiling and self._calls and in_backward():
-            return self._repeated(x, by_hand)
+        if shared and not compiling:
+            check_not_joining(self.label)
+            known = (self.running_mean, self.running_mean if weight is None else weight)
+            self._place = Place.of(self.label, self.estimator.serialized, self.num_steps, known)
+        checkpoint = None if compiling else current_checkpoint()
+        if checkpoint is not None and (checkpoint.repeats or in_backward()):
+            call = self._call_before(x, checkpoint)
+            if call is not None:
+                return self._repeated(x, by_hand, call)
         if not (compiling or (shared and self._agreed and self.num_steps.device.type != "cpu")):
             self._clock.follow(self.num_steps, self.num_updates)
             if shared != self._agreed:
@@ -132,11 +135,11 @@ class Whitening(BatchStatistics):
                 "model.eval() first, or loop over the batches."
             )
         if not self._clock.due:
-            found = self._ordinary(x, by_hand)
+            found = self._ordinary(x, by_hand, checkpoint)
         elif compiling and not shared and self._may_be_opaque():
             found = self._opaque_refresh(x)
         else:
-            found = self._refresh(x, by_hand)
+            found = self._refresh(x, by_hand, checkpoint)
         if compiling:
             self._clock.advance_in_graph()
             self.num_steps.add_(1)
@@ -151,21 +154,26 @@ class Whitening(BatchStatistics):
     def takes_own_root(self, x: Tensor) -> bool:
         """Whether a step on the rows x is :func:`netdeconv.functional.whitened_linear`, if they have statistics."""
         config = self.config
+        hooked = bool(self._forward_hooks or self._forward_pre_hooks)  # which see a call of this module
         own = self.estimator.kind == "linear" and config.update_every == 1 and config.differentiable and config.debias
-        if not (own and self.gathers_statistics() and self.blocks.single and torch.is_grad_enabled()) or traced():
+        if hooked or not own or not (self.gathers_statistics() and self.blocks.single) or traced():
             return False
-        if config.scale or config.sampling == "corner" or not solves_by_chebyshev(config.solver, config.num_iters):
+        other = config.scale or config.sampling == "corner" or not solves_by_chebyshev(config.solver, config.num_iters)
+        if other or not torch.is_grad_enabled():
             return False
         rows, features = x.shape
         all_rows = features < 4 * rows and rows > 1 and (config.max_samples is None or rows <= config.max_samples)
         plain = x.device.type == "cpu" and x.dtype == self.running_mean.dtype == at_least_float32(x.dtype)
-        alone = not (self._shared() or torch.is_autocast_enabled("cpu") or in_backward() or may_be_repeated())
+        alone = not (self._shared() or torch.is_autocast_enabled("cpu") or current_checkpoint() is not None)
         return all_rows and plain and alone
 
     def took(self, mean: Tensor, cov: Tensor, root: Tensor) -> bool:
         """Remember a step that :meth:`takes_own_root`; false where its rows have no statistics, and nothing is done."""
-        var = cov.diagonal()
+        var, numbers = cov.diagonal(), torch.finfo(cov.dtype)
         if not (all_finite((mean, root), look=True) and what_varies(var, mean, self.config.eps)[0]):
+            return False
+        largest, features = float(var.max()) + self.config.eps, len(var)
+        if not features * numbers.tiny**0.5 < largest < numbers.max**0.5 / features:  # squares of it are in range
             return False
         self._clock.follow(self.num_steps, self.num_updates)
         averages = averaged_roots(self.config, [root], self._averages(), self._counters(look=True))
@@ -236,16 +244,17 @@ class Whitening(BatchStatistics):
     def _statistics(self, batch: Batch, roots: Sequence[Tensor]) -> Statistics:
         return Statistics(batch.mean, tuple(roots), batch.scale, batch.slope)
 
-    def _ordinary(self, x: Tensor, by_hand: bool) -> Statistics:
+    def _ordinary(self, x: Tensor, by_hand: bool, checkpoint: Checkpoint | None) -> Statistics:
         """Mean and scale of this batch, root of the last refresh."""
         with torch.no_grad() if by_hand else contextlib.nullcontext():
             batch = self._or_running(self._of_batch(x, by_hand))
         self._remember(batch, due=False)
         statistics = self._statistics(batch, [kept(root) for root in self._last_roots()])
-        self._record(x, statistics, batch.counts, due=False)
+        if checkpoint is not None:
+            self._record(checkpoint, x, statistics, batch.counts, due=False)
         return statistics
 
-    def _refresh(self, x: Tensor, by_hand: bool) -> Statistics:
+    def _refresh(self, x: Tensor, by_hand: bool, checkpoint: Checkpoint | None) -> Statistics:
         """Mean, scale and root of this batch, or the running ones where they cannot be used."""
         batch, moments = self._of_batch_to_refresh(x, self.num_updates, by_hand)
         running, averages = self._matrices("running_root"), self._averages()
@@ -253,7 +262,8 @@ class Whitening(BatchStatistics):
         roots, new, counts = refreshed(self.estimator, moments, running, averages, counters, batch.counts)
         batch = self._or_running(batch._replace(counts=counts))
         statistics = self._statistics(batch, roots)
-        self._record(x, statistics, counts, due=True)
+        if checkpoint is not None:
+            self._record(checkpoint, x, statistics, counts, due=True)
         self._remember(batch, due=True)
         self._remember_roots(roots, new, counts)
         return statistics
@@ -262,24 +272,32 @@ class Whitening(BatchStatistics):
         """Numbers where the batch has been looked at, too."""
         return self._counters(look=isinstance(batch.counts, bool))
 
-    def _record(self, x: Tensor, found: Statistics, counts: Tensor | bool, *, due: bool) -> None:
-        """Keep what activation checkpointing will ask for again."""
-        if traced() or not may_be_repeated():
-            return
+    def _record(
+        self, checkpoint: Checkpoint, x: Tensor, found: Statistics, counts: Tensor | bool, *, due: bool
+    ) -> None:
+        """Keep what the checkpoint will ask for again."""
         through_root = due and bool(self.config.differentiable)
-        known = through_root and counts is not False
-        key, scale = self.estimator.mean_of(x.detach()).mean, None if found.scale is None else found.scale.detach()
+        scale = None if found.scale is None else found.scale.detach()
+        roots = None if through_root and counts is True else tuple(root.detach().clone() for root in found.roots)
         turn = self.num_updates.clone() if due else None
-        call = Call(key, found.mean.detach(), scale, None if known else found.roots, counts, turn)
-        self._calls.add(call, self._last_roots())
+        key = self.estimator.mean_of(x.detach()).mean
+        self._calls.add(checkpoint, Call(key, found.mean.detach(), scale, roots, counts, turn))
 
-    def _repeated(self, x: Tensor, by_hand: bool) -> Statistics:
+    def _call_before(self, x: Tensor, checkpoint: Checkpoint) -> Call | None:
+        """The call that is recomputed, ``None`` for a step in a backward pass that is none."""
+        call = self._calls.next(checkpoint) if checkpoint.repeats else None
+        if call is None:
+            with torch.no_grad():
+                call = self._calls.nearest(checkpoint, self.estimator.mean_of(x).mean, self.label)
+        if call is not None:
+            self._calls.add(checkpoint, call)  # of checkpoints within, which are made anew
+        return call
+
+    def _repeated(self, x: Tensor, by_hand: bool, call: Call) -> Statistics:
         """What the same x was whitened by before, while activation checkpointing recomputes it.
 
         Gradients go the way that they went then: a checkpoint asks for the same tensors in the same order.
         """
-        with torch.no_grad():
-            call = self._calls.repeated(self.estimator.mean_of(x).mean, self.label)
         roots: Sequence[Tensor] | None = call.roots
         if call.turn is not None and (self.config.differentiable or self.config.sampling == "corner"):
             batch, moments = self._of_batch_to_refresh(x, call.turn, by_hand)
@@ -317,7 +335,6 @@ class Whitening(BatchStatistics):
         """Switch mode, say so to other processes, and look at the counters wherever they are."""
         super().train(mode)
         self.tell_mode()
-        self._calls.clear()
         if not self.num_steps.is_meta:
             self._clock.follow(self.num_steps, self.num_updates, look=True)
             self._report_skipped()
