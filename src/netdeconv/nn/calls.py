@@ -132,7 +132,8 @@ def current_checkpoint() -> Checkpoint | None:
             return Checkpoint(known["frame"].cell_contents, False)
     if torch.is_grad_enabled() and not in_backward():
         return None
-    frame, within = sys._getframe(1), []
+    within: list[Any] = []
+    frame = sys._getframe(1)
     while frame is not None:
         if "ctx" in frame.f_code.co_varnames:
             found = frame.f_locals.get("ctx")

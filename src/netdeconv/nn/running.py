@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from netdeconv.config import WhiteningConfig
 from netdeconv.errors import NonFiniteWarning, StatisticsWarning
 from netdeconv.functional import Blocks, Slope, Window
-from netdeconv.functional.tracing import traced
+from netdeconv.functional.tracing import readable, traced
 from netdeconv.nn.averages import blend, update_share, update_weight
 from netdeconv.nn.estimator import Estimator
 from netdeconv.nn.refresh import Counters, chosen
@@ -190,7 +190,7 @@ class RunningStatistics(nn.Module):
 
     def _warn_of_identity(self) -> None:
         """Say once that nothing has been gathered: by the values, as not everybody who writes them counts."""
-        if self._looked_at or traced() or self.running_mean.is_meta:
+        if self._looked_at or traced() or not readable(self.running_mean):
             return
         self._looked_at = True
         scaled = self.running_var is not None and bool((self.running_var != 1).any())
