@@ -571,3 +571,13 @@ def test_a_computed_weight_is_computed_once_a_step() -> None:
     with torch.no_grad():
         layer.eval()(torch.randn(4, 3, 6, 6))
     assert len(counted) == 2
+
+
+@every_kind
+@pytest.mark.parametrize("training", [True, False])
+def test_shapes_are_found_without_numbers(kind: Kind, training: bool) -> None:
+    """As libraries do that count operations or parameters."""
+    layer = kind.layer(device="meta").train(training)
+    y = layer(kind.input().to("meta"))
+    assert y.is_meta
+    assert y.shape == kind.layer()(kind.input()).shape

@@ -108,7 +108,7 @@ def test_the_gradient_of_the_scale_is_the_same_by_activations_and_by_weights() -
         layer(x.detach())
         copy = scaled_layer("grouped", update_every=16)
         copy(x.detach())
-        copy._geometry = lambda x: None  # type: ignore[method-assign]
+        copy._geometry = lambda x, weight: None  # type: ignore[method-assign]
         assert (x.numel() < layer.weight.numel()) == (size == 5)
         (ours,), (known,) = (torch.autograd.grad(each(x).cos().sum(), x) for each in (layer, copy))
         close(ours, known, rtol=1e-9, atol=1e-9)

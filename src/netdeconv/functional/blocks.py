@@ -198,11 +198,16 @@ class Blocks:
         return value.unsqueeze(-1).expand(-1, self.taps).reshape(self.groups, self.group_features)
 
     def sum_of_channels(self, rows: Tensor) -> Tensor:
-        """``(groups, rows, group_features)`` summed over rows and taps, ``(channels,)``."""
-        return rows.reshape(self.groups, -1, self.channels // self.groups, self.taps).sum((1, 3)).flatten()
+        """``(groups, rows, group_features)`` summed over rows and taps, ``(channels,)``.
+
+        One after the other: torch's sum over both at once takes 15 times as long for 512 channels of 3x3.
+        """
+        return rows.sum(1).reshape(-1, self.taps).sum(1)
 
     def times_channels(self, rows: Tensor, value: Tensor, *, in_place: bool = False) -> Tensor:
-        """``(groups, rows, group_features)`` times a number of every channel."""
-        parts = rows.reshape(self.groups, -1, self.channels // self.groups, self.taps)
-        each = value.reshape(self.groups, 1, -1, 1)
-        return (parts.mul_(each) if in_place else parts * each).reshape(rows.shape)
+        """``(groups, rows, group_features)`` times a number of every channel.
+
+        Written out for every tap, as torch multiplies by a row several times as fast as by a broadcast column of it.
+        """
+        each = self.of_channels(value).unsqueeze(1)
+        return rows.mul_(each) if in_place else rows * each

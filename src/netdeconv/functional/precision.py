@@ -10,9 +10,9 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["as_dtype", "at_least_float32", "exact", "without_autocast"]
+__all__ = ["as_dtype", "at_least_float32", "autocasts", "exact", "without_autocast"]
 
-_WITHOUT_FLOAT64 = {"mps"}  # types of device
+_WITHOUT_FLOAT64, _WITHOUT_AUTOCAST = {"mps"}, {"meta"}  # types of device
 
 
 def exact(x: Tensor) -> Tensor:
@@ -34,8 +34,13 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for devices of this type; on those that it does not know it never is."""
+    return device_type not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(device_type)
+
+
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
     """``torch.autocast(device_type, enabled=False)`` where it is needed; it takes longer than a few operators."""
-    if torch.is_autocast_enabled(device_type):
+    if autocasts(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()

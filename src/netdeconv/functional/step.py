@@ -11,7 +11,7 @@ from torch.autograd.function import Function
 
 from netdeconv.functional.blocks import Blocks
 from netdeconv.functional.fold import fold, times_roots
-from netdeconv.functional.precision import as_dtype, without_autocast
+from netdeconv.functional.precision import as_dtype, autocasts, without_autocast
 from netdeconv.functional.scale import (
     LEAST_SHARE,
     along_channels,
@@ -116,7 +116,7 @@ class _Step(Function):
     ) -> Tensor:
         folded, shifted = fold(weight, bias, mean, roots, blocks, scale)
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype = torch.get_autocast_dtype(kind) if autocasts(kind) else x.dtype
         with without_autocast(kind):
             y = _convolution(as_dtype(x, dtype), as_dtype(folded, dtype), as_dtype(shifted, dtype), geometry)
         ctx.save_for_backward(x, weight, bias, mean, scale, folded, *roots)

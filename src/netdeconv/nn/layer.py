@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from netdeconv.errors import ShapeError
 from netdeconv.functional import Window, fold
+from netdeconv.functional.precision import autocasts
 from netdeconv.functional.tracing import traced
 from netdeconv.nn.cache import FoldCache
 from netdeconv.nn.whitening import Statistics, Whitening
@@ -61,7 +62,7 @@ def check_floating(x: Tensor, label: str, dtype: torch.dtype | None = None) -> N
             f"{label}: expected floating point input, got {x.dtype}. "
             "Convert it first, e.g. x.float() / 255 for 8-bit images."
         )
-    if dtype is not None and x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+    if dtype is not None and x.dtype != dtype and not autocasts(x.device.type):
         raise TypeError(
             f"{label}: expected input of dtype {dtype}, that of the weight, got {x.dtype}. "
             "Convert one to the other with .to(dtype), or use torch.autocast."

@@ -14,7 +14,7 @@ from netdeconv.config import WhiteningConfig
 from netdeconv.errors import StatisticsError
 from netdeconv.functional import Window, what_varies
 from netdeconv.functional.isqrt import solves_by_chebyshev
-from netdeconv.functional.precision import at_least_float32
+from netdeconv.functional.precision import at_least_float32, autocasts
 from netdeconv.functional.tracing import batched, traced
 from netdeconv.nn.batch import BatchStatistics
 from netdeconv.nn.calls import Call, Calls, Checkpoint, current_checkpoint, in_backward
@@ -164,7 +164,7 @@ class Whitening(BatchStatistics):
         rows, features = x.shape
         all_rows = features < 4 * rows and rows > 1 and (config.max_samples is None or rows <= config.max_samples)
         plain = x.device.type == "cpu" and x.dtype == self.running_mean.dtype == at_least_float32(x.dtype)
-        alone = not (self._shared() or torch.is_autocast_enabled("cpu") or current_checkpoint() is not None)
+        alone = not (self._shared() or autocasts("cpu") or current_checkpoint() is not None)
         return all_rows and plain and alone
 
     def took(self, mean: Tensor, cov: Tensor, root: Tensor) -> bool:
