@@ -15,7 +15,8 @@ from netdeconv.functional.tracing import without_caching
 from netdeconv.nn.averages import Count, blended, blended_root, refresh_weight, update_weight
 from netdeconv.nn.estimator import Estimator
 
-__all__ = ["Counters", "Refreshed", "all_finite", "averaged_roots", "chosen", "opaque_refresh", "refreshed", "usable"]
+__all__ = ["Counters", "Refreshed", "all_finite", "averaged_roots", "chosen", "opaque_refresh", "refreshed"]
+
 
 class Counters(NamedTuple):
     """What a whitening counts: 0-dim tensors or, where they have been looked at, numbers; see
@@ -49,7 +50,7 @@ def chosen(counts: Tensor | bool, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(counts, new, old.to(new.dtype))
 
 
-def usable(estimator: Estimator, moments: Moments) -> Tensor | bool:
+def _usable(estimator: Estimator, moments: Moments) -> Tensor | bool:
     """Whether there is a covariance to take a root of: a single row or a constant batch has none.
 
     As published, a root is taken all the same, and multiplies by one over the root of eps.
@@ -94,7 +95,7 @@ def refreshed(
     config = estimator.config
     by_covariance = config.average == "covariance"
     look, covs = isinstance(counts, bool), list(moments.covs)
-    counts = counts & usable(estimator, moments)
+    counts = counts & _usable(estimator, moments)
     if by_covariance:
         share = refresh_weight(config, covs[0].dtype, counters.num_updates)
         covs = [blended(old, cov, share) for old, cov in zip(averages, covs, strict=True)]
