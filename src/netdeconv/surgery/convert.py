@@ -174,14 +174,16 @@ def converted(
         return found
 
     if preserve is not None:
-        return new, preserved(new, plan, decide, preserve, call)
+        done = preserved(new, plan, decide, preserve, call)
+        if not done.where(Action.REMOVE, Action.FOLD, Action.AFFINE):
+            _work_in_place(in_place)
+        return new, done
     if example is not None:
         plan = decide(record_of(new, example, call))
     else:
         _warn_of_leftovers(plan)
     if not plan.where(Action.REMOVE, Action.WAIT):
-        for module in in_place:
-            module.inplace = True
+        _work_in_place(in_place)
     concerned = plan.where(Action.WHITEN, Action.REMOVE, Action.WAIT)
     modules = [(entry, new.get_submodule(entry.path)) for entry in concerned]
     for entry, module in modules:
@@ -191,6 +193,11 @@ def converted(
         waiting = [(module, entry) for entry, module in modules if entry.action is Action.WAIT]
         FirstRun.install(new, waiting, [module for entry, module in modules if selection.names(entry.path, module)])
     return new, plan
+
+
+def _work_in_place(modules: list[Any]) -> None:
+    for module in modules:
+        module.inplace = True
 
 
 def _stop_working_in_place(model: nn.Module) -> list[Any]:

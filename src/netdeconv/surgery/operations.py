@@ -23,11 +23,16 @@ __all__ = [
 # Properties and methods that tell about a tensor without reading its numbers.
 _HARMLESS = {
     getattr(Tensor, name)
-    for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout", "is_sparse", "is_quantized")
+    for name in (
+        "shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "is_cpu", "is_meta", "layout", "is_sparse",
+        "is_quantized", "itemsize", "nbytes",
+    )
 }
 _HARMLESS_METHODS = {
-    Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.__len__, Tensor.new_zeros, Tensor.new_ones,
-    Tensor.new_empty, Tensor.new_full, Tensor.new_tensor, torch.zeros_like, torch.ones_like, torch.empty_like,
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.stride, Tensor.get_device,
+    Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.__len__,
+    Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor,
+    torch.zeros_like, torch.ones_like, torch.empty_like,
 }  # fmt: skip
 # Functions that multiply by a weight: what comes out of them was made by the module that they run in.
 _BY_WEIGHT = {
@@ -80,8 +85,10 @@ def memory_of(tensor: Tensor) -> Any:
         return None
 
 
-def looks_only(func: Any) -> bool:
+def looks_only(func: Any, args: Any) -> bool:
     """Whether an operation asks a tensor for its shape, type or place, and not for its numbers."""
+    if func is Tensor.type and len(args) == 1:  # its name; with a type it converts
+        return True
     owner = getattr(func, "__self__", None)
     return func in _HARMLESS_METHODS or (getattr(func, "__name__", "") == "__get__" and owner in _HARMLESS)
 

@@ -170,6 +170,10 @@ class Selection:
             for pattern in self.include or ()
         )
 
+    def insists(self, path: str) -> bool:
+        """Whether ``include`` has this very path, written out."""
+        return path in [pattern for pattern in self.include or () if isinstance(pattern, str)]
+
     def check_used(self) -> None:
         """Complain about a pattern that matched nothing, most often a misspelt path.
 

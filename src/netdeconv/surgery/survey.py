@@ -163,7 +163,7 @@ class _Survey:
     def _settle(self, norm: nn.Module) -> None:
         """Keep a batch norm that no whitened layer takes the place of, or of which nothing tells yet."""
         entry = self.entries[norm]
-        if norm in self.included:
+        if self.selection.insists(entry.path):
             return
         place = functools.partial(_name, self.entries)
         if self.record is not None and norm in self.record.sources:
@@ -176,6 +176,8 @@ class _Survey:
         if plain is not None and (beside.sure or plain in self.tree.pooled):
             why = f"it normalises the output of {place(plain)}"
             self.entries[norm] = _left(entry, why, self.entries.get(plain))
+            return
+        if norm in self.included and plain is None:  # what the tree does not tell is the user's to say
             return
         taken = bool(beside.before) or any(map(self._is_whitened, beside.after))
         told = beside.rivals is not None and all(map(self._is_whitened, beside.before | beside.rivals))

@@ -280,7 +280,7 @@ class Watcher(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not self._thread or looks_only(func):
+        if not self._thread or looks_only(func, args):
             return func(*args, **kwargs)
         leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         for leaf in leaves:
@@ -297,7 +297,9 @@ class Watcher(TorchFunctionMode):
         aliased = [(leaf, trace.aliases, version_of(leaf)) for leaf, trace in traced if trace.aliases]
         output = func(*args, **kwargs)
         for leaf, norms, version in aliased:
-            if version_of(leaf) != version or (version is None and says_in_place(name, kwargs)):
+            # A dropout in place does nothing in evaluation, and writes in training.
+            says = says_in_place(name, kwargs) and (version is None or leaf is leaves[0])
+            if says or version_of(leaf) != version:
                 self.record.written |= norms
         if traced:
             by_weight = multiplies_by_weight(name, several=len(traced) < len(leaves))
