@@ -31,7 +31,8 @@ class _Running(NamedTuple):
     """An outermost call of the model, or of a part of it, in one thread."""
 
     top: nn.Module
-    caller: FrameType
+    call: FrameType
+    handled: BaseException | None  # being handled when the call began
 
 
 class FirstRun:
@@ -92,28 +93,27 @@ class FirstRun:
             self._forget_broken_off()
             if thread in self._inside or not _is_hooked(module):  # another thread may have finished just now
                 return
-            self._inside[thread] = running = _Running(module, sys._getframe(1))
+            self._inside[thread] = running = _Running(module, _call_of(sys._getframe(1)), sys.exc_info()[1])
             if self._watch is None and not self._seen:
                 self._watch, self._watched = Watcher(module), running
                 self._watch.__enter__()
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Hook: a call ends; ``output`` is ``None`` where it failed."""
+        """Hook: a call ends, or an exception has ended it."""
         if torch.compiler.is_compiling():
             return
         thread = threading.get_ident()
         with self._lock:
             running = self._inside.get(thread)
-            if running is None or running.top is not module or running.caller is not sys._getframe(1):
+            if running is None or running.top is not module or running.call is not _call_of(sys._getframe(1)):
                 return
             del self._inside[thread]
             if running is self._watched and self._watch is not None:
                 watch, self._watch, self._watched = self._watch, None, None
-                if output is not None:
+                if sys.exc_info()[1] is running.handled:
                     watch.returned(output)
-                watch.close()
-                if output is not None:
                     self._seen.append((module, watch.record))
+                watch.close()
             if not self._inside:
                 while self._seen:
                     self._settle(*self._seen.pop())
@@ -134,10 +134,9 @@ class FirstRun:
             self.waiting = [(norm, entry) for norm, entry in self.waiting if is_like_batch_norm(norm)]
 
     def _forget_broken_off(self) -> None:
-        """Ctrl-C runs no hook: calls whose frame is gone have ended, and those of threads that are gone."""
-        alive = {thread.ident for thread in threading.enumerate()}
+        """Ctrl-C runs no hook: forget calls, of any thread, that have ended without."""
         for thread, running in list(self._inside.items()):
-            if thread not in alive or (thread == threading.get_ident() and not _is_running(running.caller)):
+            if _has_ended(running.call):
                 del self._inside[thread]
                 if running is self._watched and self._watch is not None:
                     self._watch.close()
@@ -213,9 +212,18 @@ def _is_whitened(layer: nn.Module) -> bool:
     return isinstance(layer, _WHITENED)
 
 
-def _is_running(caller: FrameType) -> bool:
-    """Whether a call of this thread has not ended yet."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame is not caller:
-        frame = frame.f_back
-    return frame is not None
+def _call_of(frame: FrameType) -> FrameType:
+    """The frame of torch that calls a module, from the one that runs its hook: an inner function's, or it itself."""
+    above: FrameType | None = frame
+    while above is not None and above.f_code is not nn.Module._call_impl.__code__:
+        above = above.f_back
+    return frame if above is None else above
+
+
+def _has_ended(frame: FrameType) -> bool:
+    """Whether a function has returned, in whatever thread: Python clears no frame that runs."""
+    try:
+        frame.clear()
+    except RuntimeError:
+        return False
+    return True

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -186,9 +186,15 @@ class Watcher(TorchFunctionMode):
         self._remove_hooks()
 
     def close(self) -> None:
-        """Leave the context from where it may not be the innermost one any more: then it stays, and does nothing."""
-        if _get_current_function_mode() is self:
-            super().__exit__(None, None, None)
+        """Leave the context, also from where it is not the innermost one; from another thread it only ends its work."""
+        if not self._elsewhere():
+            inner = []
+            while self in _get_current_function_mode_stack():
+                mode = _pop_mode()
+                if mode is not self:
+                    inner.append(mode)
+            for mode in reversed(inner):
+                _push_mode(mode)
         self._thread = 0
         self._remove_hooks()
 

@@ -1,0 +1,128 @@
+"""The first forward of a converted model, where it fails, runs in threads, or is that of a part."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import netdeconv
+from small_networks import batch_norms
+
+X, WRONG = torch.randn(8, 3, 6, 6), torch.randn(8, 4, 6, 6)
+
+
+class Net(nn.Module):
+    """A forward that the tree does not show: the batch norm waits, and goes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.conv, self.last = nn.BatchNorm2d(4), nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return F.relu(self.bn(self.last(self.conv(x))))
+
+
+@pytest.fixture(autouse=True)
+def nothing_said() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "convert: the first forward")
+        yield
+
+
+def is_settled(model: nn.Module) -> bool:
+    hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return not hooked and torch.overrides._len_torch_function_stack() == 0
+
+
+# ---- a forward that fails
+
+
+def test_a_first_forward_that_fails_leaves_nothing_behind() -> None:
+    model = netdeconv.convert(Net())
+    hooks = sum(len(module._forward_hooks) for module in model.modules())
+    with pytest.raises(ValueError, match="channels"):
+        model(WRONG)
+    assert torch.overrides._len_torch_function_stack() == 0
+    assert sum(len(module._forward_hooks) for module in model.modules()) == hooks
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    for again in (model, *copies):
+        assert batch_norms(again) == ["bn"]
+        again(X)
+        assert batch_norms(again) == [] and is_settled(again)
+
+
+def test_a_model_that_failed_can_be_freed() -> None:
+    model = netdeconv.convert(Net())
+    with pytest.raises(ValueError, match="channels"):
+        model(WRONG)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_call_that_failed_in_a_thread_does_not_keep_others_waiting(error: type[BaseException]) -> None:
+    model = netdeconv.convert(Net())
+    failed, stop = threading.Event(), threading.Event()
+
+    def fail() -> None:
+        def refuse(*_: Any) -> None:
+            raise error
+
+        handle = model.last.register_forward_hook(refuse)
+        try:
+            model(X)
+        except error:
+            handle.remove()
+            failed.set()
+        stop.wait()
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    failed.wait()
+    model(X)
+    settled = is_settled(model)
+    stop.set()
+    thread.join()
+    assert settled and batch_norms(model) == []
+
+
+def test_a_forward_that_leaves_a_mode_behind() -> None:
+    class Leaves(Net):
+        def forward(self, x: Tensor) -> Any:
+            self.mode = torch.device("cpu").__enter__()
+            return super().forward(x)
+
+    model = netdeconv.convert(Leaves())
+    model(X)
+    assert len(torch.overrides._get_current_function_mode_stack()) == 1
+    torch.overrides._pop_mode()
+    assert is_settled(model)
+
+
+@pytest.mark.parametrize("handling", [False, True])
+def test_a_forward_may_return_nothing(handling: bool) -> None:
+    class Keeps(Net):
+        def forward(self, x: Tensor) -> Any:
+            self.kept = super().forward(x)
+
+    model = netdeconv.convert(Keeps())
+    try:
+        if handling:
+            raise KeyError
+        model(X)
+    except KeyError:
+        model(X)
+    assert batch_norms(model) == [] and is_settled(model)
