@@ -126,3 +126,64 @@ def test_a_forward_may_return_nothing(handling: bool) -> None:
     except KeyError:
         model(X)
     assert batch_norms(model) == [] and is_settled(model)
+
+
+# ---- a batch norm that the tree let go
+
+
+class Reads(nn.Module):
+    """The tree removes the batch norm, the forward reads the weight of its layer."""
+
+    def __init__(self, norm: Any = nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.body, self.last = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4), nn.ReLU(True)), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.last(self.body(x)) + self.body[0].weight.pow(2).sum()
+
+
+def test_a_batch_norm_returns_with_its_plain_layer() -> None:
+    model = Reads()
+    converted = netdeconv.convert(model).double()
+    others = [copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))]
+    assert batch_norms(converted) == []
+    for one in (converted, *others):
+        with pytest.warns(UserWarning, match=r"again .*; body\.1 is back \(it normalises the output of body\.0"):
+            one(X.double())
+        assert batch_norms(one) == ["body.1"] and type(one.body[0]) is nn.Conv2d and is_settled(one)
+        assert type(one.body[1]) is nn.BatchNorm2d and one.body[1].weight.dtype == torch.float64
+        one(X.double()).sum().backward()
+        assert one.body[1].weight.grad is not None
+    fresh = netdeconv.convert(model).double()
+    fresh.load_state_dict(converted.state_dict())
+    assert batch_norms(fresh) == ["body.1"]
+    fresh.eval(), converted.eval()
+    assert torch.equal(fresh(X.double()), converted(X.double()))
+    included = netdeconv.convert(model, include="*")
+    included(X)
+    assert batch_norms(included) == []
+
+
+def test_a_batch_norm_without_state_returns_after_a_state_dict() -> None:
+    model = Reads(lambda channels: nn.BatchNorm2d(channels, affine=False, track_running_stats=False))
+    converted, fresh = netdeconv.convert(model), netdeconv.convert(model)
+    converted(X)
+    fresh.load_state_dict(converted.state_dict())
+    fresh(X)
+    assert batch_norms(fresh) == batch_norms(converted) == ["body.1"]
+
+
+def test_batch_norms_that_share_a_layer_return_with_it() -> None:
+    class Shares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.norm(self.first[0](self.first(x)))
+
+    converted = netdeconv.convert(Shares())
+    assert batch_norms(converted) == ["norm"]
+    with pytest.warns(UserWarning, match=r"several batch norms.*first\.1 is back"):
+        converted(X)
+    assert batch_norms(converted) == ["first.1", "norm"]

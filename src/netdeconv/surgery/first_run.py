@@ -16,15 +16,45 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from netdeconv.nn import ChannelWhitening, Whitening
 from netdeconv.nn.layer import WhitenedLayer
+from netdeconv.surgery.frames import call_of, has_ended
 from netdeconv.surgery.layers import become, plain_again
 from netdeconv.surgery.plan import Entry
 from netdeconv.surgery.recognise import Clone, is_like_batch_norm
 from netdeconv.surgery.survey import fate_of_norm
 from netdeconv.surgery.watch import Record, Watcher
 
-__all__ = ["FirstRun"]
+__all__ = ["FirstRun", "Removed"]
 
 _WHITENED = (WhitenedLayer, ChannelWhitening, Whitening)
+
+
+class Removed(NamedTuple):
+    """A batch norm that the module tree let go.
+
+    Attributes:
+        place: the module that was the batch norm.
+        norm: the batch norm as it was, with the very parameters.
+        entry: its line in the plan.
+    """
+
+    place: nn.Module
+    norm: nn.Module
+    entry: Entry
+
+    @property
+    def spot(self) -> nn.Module:
+        """What stands for the normalisation in the place, which may hold an activation too."""
+        return next((module for module in self.place.modules() if isinstance(module, nn.Identity)), self.place)
+
+    def restore(self, layer: nn.Module) -> None:
+        """Make the place the batch norm again, on the device of a layer and no less precise than it."""
+        weight = next(layer.parameters(), None)
+        for tensor in (*self.norm.parameters(), *self.norm.buffers()):
+            if weight is not None and tensor.is_floating_point():
+                tensor.data = tensor.data.to(weight.device, torch.promote_types(weight.dtype, tensor.dtype))
+            elif weight is not None:
+                tensor.data = tensor.data.to(weight.device)
+        become(self.place, self.norm)
 
 
 class _Running(NamedTuple):
@@ -43,7 +73,7 @@ class FirstRun:
     comes meanwhile waits for the change. Then nothing of this is left on the part that ran.
 
     - A layer whose weight something else reads, or whose calls go to several batch norms, is the plain one again, with
-      the same parameters.
+      the same parameters. So is the batch norm that had gone for its sake.
     - A batch norm that waited goes where whitening takes its place, and stays otherwise.
     - Where a batch norm was, no clone is made any more if nothing wrote to it in place.
 
@@ -51,8 +81,11 @@ class FirstRun:
         UserWarning: what was changed.
     """
 
-    def __init__(self, waiting: list[tuple[nn.Module, Entry]], included: list[nn.Module]) -> None:
-        self.waiting, self.included = waiting, included
+    def __init__(
+        self, waiting: list[tuple[nn.Module, Entry]], included: list[nn.Module], removed: list[Removed]
+    ) -> None:
+        self.waiting, self.included, self.removed = waiting, included, removed
+        self.plain: list[nn.Module] = []  # layers that a state dict has made plain again
         self._start_anew()
 
     def _start_anew(self) -> None:
@@ -63,9 +96,15 @@ class FirstRun:
         self._seen: list[tuple[nn.Module, Record]] = []
 
     @classmethod
-    def install(cls, model: nn.Module, waiting: list[tuple[nn.Module, Entry]], included: list[nn.Module]) -> None:
+    def install(
+        cls,
+        model: nn.Module,
+        waiting: list[tuple[nn.Module, Entry]],
+        included: list[nn.Module],
+        removed: list[Removed],
+    ) -> None:
         """Watch every module of the model that has modules inside, whichever is called first."""
-        watcher = cls(waiting, included)
+        watcher = cls(waiting, included, removed)
         model.register_load_state_dict_pre_hook(watcher.loading)
         for module in model.modules():
             if any(True for _ in module.children()) and not isinstance(module, _WHITENED):
@@ -93,9 +132,10 @@ class FirstRun:
             self._forget_broken_off()
             if thread in self._inside or not _is_hooked(module):  # another thread may have finished just now
                 return
-            self._inside[thread] = running = _Running(module, _call_of(sys._getframe(1)), sys.exc_info()[1])
+            self._inside[thread] = running = _Running(module, call_of(sys._getframe(1)), sys.exc_info()[1])
             if self._watch is None and not self._seen:
-                self._watch, self._watched = Watcher(module), running
+                spots = [removed.spot for removed in self.removed]
+                self._watch, self._watched = Watcher(module, spots), running
                 self._watch.__enter__()
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -105,7 +145,7 @@ class FirstRun:
         thread = threading.get_ident()
         with self._lock:
             running = self._inside.get(thread)
-            if running is None or running.top is not module or running.call is not _call_of(sys._getframe(1)):
+            if running is None or running.top is not module or running.call is not call_of(sys._getframe(1)):
                 return
             del self._inside[thread]
             if running is self._watched and self._watch is not None:
@@ -123,20 +163,24 @@ class FirstRun:
         if not any(".whitening." in f".{key}" for key in state_dict):
             return
         with self._lock:
-            waiting = dict(self.waiting)
+            waiting, removed = dict(self.waiting), {one.place: one for one in self.removed}
             for path, module in list(model.named_modules()):
                 held = [key[len(prefix) + len(path) + 1 :] for key in state_dict if key.startswith(f"{prefix}{path}.")]
                 whitens = any(key.startswith("whitening.") for key in held)
                 if isinstance(module, WhitenedLayer) and "weight" in held and not whitens:
                     become(module, plain_again(module))
+                    self.plain.append(module)
+                elif module in removed and _is_state_of(removed[module], held):
+                    removed[module].restore(model)
                 elif module in waiting and not held:
                     become(module, waiting[module].build(module))  # type: ignore[misc]
             self.waiting = [(norm, entry) for norm, entry in self.waiting if is_like_batch_norm(norm)]
+            self.removed = [one for one in self.removed if not is_like_batch_norm(one.place)]
 
     def _forget_broken_off(self) -> None:
         """Ctrl-C runs no hook: forget calls, of any thread, that have ended without."""
         for thread, running in list(self._inside.items()):
-            if _has_ended(running.call):
+            if has_ended(running.call):
                 del self._inside[thread]
                 if running is self._watched and self._watch is not None:
                     self._watch.close()
@@ -146,18 +190,32 @@ class FirstRun:
         """Change the part that ran, by what was seen."""
         inside = set(top.modules())
         said: list[str] = []
-        shared = record.shared()
+        shared, waiting = record.shared(), {norm for norm, _ in self.waiting}
+        spots = {removed.spot for removed in self.removed}
+        plain = set(self.plain)
         for layer in (module for module in top.modules() if isinstance(module, WhitenedLayer)):
-            norms = [norm for norm in shared.get(layer, ()) if norm in {module for module, _ in self.waiting}]
+            norms = [norm for norm in shared.get(layer, ()) if norm in spots or norm in waiting]
             if (layer in record.weights or norms) and layer not in self.included:
                 why = f"its weight is read at {record.weights[layer]}" if layer in record.weights else _SEVERAL
                 said.append(f"{layer.whitening.label} is plain again ({why})")
                 become(layer, plain_again(layer))
+                plain.add(layer)
         names = {module: path for path, module in top.named_modules()}
+
+        def name(layer: nn.Module) -> str:
+            return names.get(layer, "") or "the model"
+
+        for removed in self.removed:
+            spot = removed.spot
+            around = plain & (record.makers(spot) | record.readers.get(spot, set()))
+            fate = fate_of_norm(spot, record, _is_whitened, name)
+            if around and fate is not None and removed.place not in self.included:
+                removed.restore(min(around, key=name))
+                said.append(f"{removed.entry.path} is back ({fate[0]})")
         for norm, entry in self.waiting:
             if norm not in inside or norm not in record.sources or entry.build is None:
                 continue
-            fate = fate_of_norm(norm, record, _is_whitened, lambda layer: names.get(layer, "") or "the model")
+            fate = fate_of_norm(norm, record, _is_whitened, name)
             if fate is None:
                 become(norm, entry.build(norm))
                 said.append(f"{entry.path} is gone")
@@ -167,6 +225,7 @@ class FirstRun:
             if type(module) is Clone and module in record.sources and module not in record.written:
                 become(module, nn.Identity())
         self.waiting = [(norm, entry) for norm, entry in self.waiting if norm not in inside]
+        self.removed = [removed for removed in self.removed if removed.place not in inside]
         self.remove(top)
         if said:
             shown = "; ".join(said[:5]) + (f"; and {len(said) - 5} more" if len(said) > 5 else "")
@@ -179,13 +238,18 @@ class FirstRun:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FirstRun:
         if id(self) not in memo:
-            memo[id(self)] = new = FirstRun([], [])  # whatever runs at the moment does so on the original
+            memo[id(self)] = new = FirstRun([], [], [])  # whatever runs at the moment does so on the original
             new.waiting = [(copy.deepcopy(norm, memo), entry) for norm, entry in self.waiting]
             new.included = [copy.deepcopy(module, memo) for module in self.included]
+            new.removed = [
+                Removed(copy.deepcopy(place, memo), copy.deepcopy(norm, memo), entry)
+                for place, norm, entry in self.removed
+            ]
+            new.plain = [copy.deepcopy(module, memo) for module in self.plain]
         return memo[id(self)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"waiting": self.waiting, "included": self.included}
+        return {name: getattr(self, name) for name in ("waiting", "included", "removed", "plain")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -193,6 +257,12 @@ class FirstRun:
 
 
 _SEVERAL = "it feeds several batch norms, each with statistics of its own"
+
+
+def _is_state_of(removed: Removed, held: list[str]) -> bool:
+    """Whether a state dict has, with these names, the state of a batch norm rather than of what is in its place."""
+    own = set(removed.norm.state_dict())
+    return own <= set(held) and not own <= set(removed.place.state_dict())
 
 
 def _is_ours(hook: Any) -> bool:
@@ -210,20 +280,3 @@ def _is_traced() -> bool:
 
 def _is_whitened(layer: nn.Module) -> bool:
     return isinstance(layer, _WHITENED)
-
-
-def _call_of(frame: FrameType) -> FrameType:
-    """The frame of torch that calls a module, from the one that runs its hook: an inner function's, or it itself."""
-    above: FrameType | None = frame
-    while above is not None and above.f_code is not nn.Module._call_impl.__code__:
-        above = above.f_back
-    return frame if above is None else above
-
-
-def _has_ended(frame: FrameType) -> bool:
-    """Whether a function has returned, in whatever thread: Python clears no frame that runs."""
-    try:
-        frame.clear()
-    except RuntimeError:
-        return False
-    return True

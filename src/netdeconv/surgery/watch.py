@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._pytree import tree_leaves
@@ -18,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from netdeconv.nn import ChannelWhitening, Whitening
 from netdeconv.nn.layer import WhitenedLayer
 from netdeconv.surgery.batches import tensors_of
+from netdeconv.surgery.frames import in_forward_of, place_of_use
 from netdeconv.surgery.operations import (
     asks_for_type,
     is_batch_norm,
@@ -33,8 +31,6 @@ from netdeconv.surgery.recognise import Clone, is_layer, is_like_batch_norm
 __all__ = ["Record", "Watcher"]
 
 _WHITENED = (WhitenedLayer, ChannelWhitening, Whitening)
-# Frames in these folders are not where a user would look.
-_INSIDE = (os.path.dirname(os.path.dirname(__file__)) + os.sep, os.path.dirname(torch.__file__) + os.sep)
 
 
 class Call(NamedTuple):
@@ -143,11 +139,13 @@ class Watcher(TorchFunctionMode):
     the model afterwards. Other threads may run the model meanwhile; they are not watched.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, places: Iterable[nn.Module] = ()) -> None:
+        """``places`` are modules to be taken for batch norms, as they were."""
         super().__init__()
         self.record = Record()
         self._modules = list(model.modules())
         self._places = {module for module in self._modules if is_like_batch_norm(module) or isinstance(module, Clone)}
+        self._places.update(places)
         self._shut = {module for module in self._modules if module in self._places or _is_alone(module)}
         self._owners: dict[int, list[nn.Module]] = {}
         self._asked: dict[int, list[nn.Module]] = {}  # layers and norms whose parameters nobody else is to read
@@ -272,7 +270,9 @@ class Watcher(TorchFunctionMode):
         for tensor in (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
             if module in self._places:
                 first = inputs[0] if inputs else _INPUT
-                self._traces[tensor] = first._replace(norms=first.norms | {module}, aliases=frozenset({module}))
+                same = any(leaf is tensor for leaf in tree_leaves((args, kwargs)))
+                aliases = (first.aliases if same else frozenset()) | {module}
+                self._traces[tensor] = first._replace(norms=first.norms | {module}, aliases=aliases)
             elif module in self._shut:
                 call = Call(module, self.record.calls[module])
                 self._traces[tensor] = _Trace(frozenset({call}), pooled=self.record.rows.get(module, False))
@@ -338,9 +338,9 @@ class Watcher(TorchFunctionMode):
     def _read(self, key: int) -> None:
         """A parameter is used: by its owner, or by somebody else?"""
         owners = self._owners[key]
-        if any(module in self._running for module in owners) or _in_forward_of(owners):
+        if any(module in self._running for module in owners) or in_forward_of(owners):
             return
-        place = _place()
+        place = place_of_use()
         for module in self._asked[key]:
             self.record.weights.setdefault(module, place)
 
@@ -372,31 +372,3 @@ def _has(traces: Any, leaf: Any) -> bool:
 def _batched_dims(layer: Any) -> int:
     kernel = getattr(layer, "kernel_size", None)
     return 2 if kernel is None else len(kernel) + 2
-
-
-def _frames() -> Iterator[Any]:
-    frame: Any = sys._getframe(2)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _in_forward_of(owners: list[nn.Module]) -> bool:
-    """Whether a forward of one of these runs that was called directly, past the hooks."""
-    for frame in _frames():
-        code = frame.f_code
-        if code.co_name == "forward" and code.co_argcount:
-            first = frame.f_locals.get(code.co_varnames[0])
-            if any(first is owner for owner in owners):
-                return True
-    return False
-
-
-def _place() -> str:
-    """Where in the user's code, or another library's, the operation stands."""
-    frame = None
-    for frame in _frames():
-        if not os.path.abspath(frame.f_code.co_filename).startswith(_INSIDE):
-            break
-    assert frame is not None
-    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"
