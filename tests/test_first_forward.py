@@ -187,3 +187,33 @@ def test_batch_norms_that_share_a_layer_return_with_it() -> None:
     with pytest.warns(UserWarning, match=r"several batch norms.*first\.1 is back"):
         converted(X)
     assert batch_norms(converted) == ["first.1", "norm"]
+
+
+# ---- a state dict before the first forward
+
+
+class Stateless(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(4, affine=False, track_running_stats=False)
+
+
+def test_a_state_dict_takes_a_batch_norm_only_if_it_has_all_around_it() -> None:
+    model, trained = Net(), netdeconv.convert(Net())
+    trained(X)
+    state = trained.state_dict()
+    whole, partial, nested = netdeconv.convert(model), netdeconv.convert(model), netdeconv.convert(nn.Sequential(Net()))
+    whole.load_state_dict(state)
+    assert batch_norms(whole) == []
+    partial.load_state_dict({key: value for key, value in state.items() if "last" not in key}, strict=False)
+    assert batch_norms(partial) == ["bn"]
+    nested.load_state_dict({f"0.{key}": value for key, value in state.items()})
+    assert batch_norms(nested) == []
+
+
+def test_a_batch_norm_without_state_waits_for_the_forward() -> None:
+    model = netdeconv.convert(Stateless())
+    model.load_state_dict(model.state_dict())
+    assert batch_norms(model) == ["bn"]
+    model(X)
+    assert batch_norms(model) == []

@@ -164,6 +164,7 @@ class FirstRun:
             return
         with self._lock:
             waiting, removed = dict(self.waiting), {one.place: one for one in self.removed}
+            known = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
             for path, module in list(model.named_modules()):
                 held = [key[len(prefix) + len(path) + 1 :] for key in state_dict if key.startswith(f"{prefix}{path}.")]
                 whitens = any(key.startswith("whitening.") for key in held)
@@ -172,7 +173,7 @@ class FirstRun:
                     self.plain.append(module)
                 elif module in removed and _is_state_of(removed[module], held):
                     removed[module].restore(model)
-                elif module in waiting and not held:
+                elif module in waiting and not held and _is_missing(model, path, waiting, known):
                     become(module, waiting[module].build(module))  # type: ignore[misc]
             self.waiting = [(norm, entry) for norm, entry in self.waiting if is_like_batch_norm(norm)]
             self.removed = [one for one in self.removed if not is_like_batch_norm(one.place)]
@@ -263,6 +264,30 @@ def _is_state_of(removed: Removed, held: list[str]) -> bool:
     """Whether a state dict has, with these names, the state of a batch norm rather than of what is in its place."""
     own = set(removed.norm.state_dict())
     return own <= set(held) and not own <= set(removed.place.state_dict())
+
+
+def _is_missing(model: nn.Module, path: str, waiting: Mapping[nn.Module, Entry], known: set[str]) -> bool:
+    """Whether a state dict, of these keys, is of a model without this batch norm: it has all that is around it."""
+    if not _own_state(path, model.get_submodule(path)):
+        return False
+    while path:
+        path = path.rpartition(".")[0]
+        around = {
+            key
+            for inner, module in model.get_submodule(path).named_modules(prefix=path)
+            if module not in waiting and not isinstance(module, Whitening)
+            for key in _own_state(inner, module)
+        }
+        if around:
+            return around <= known
+    return False
+
+
+def _own_state(path: str, module: nn.Module) -> list[str]:
+    """Keys of a state dict that are this module's, without those inside it."""
+    buffers = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+    own = {name: getattr(module, name) for name in (*module._parameters, *buffers)}
+    return [f"{path}.{name}" if path else name for name, tensor in own.items() if tensor is not None]
 
 
 def _is_ours(hook: Any) -> bool:
