@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import netdeconv
+from netdeconv.surgery.recognise import Clone
 from small_networks import batch_norms
 
 X, WRONG = torch.randn(8, 3, 6, 6), torch.randn(8, 4, 6, 6)
@@ -217,3 +218,31 @@ def test_a_batch_norm_without_state_waits_for_the_forward() -> None:
     assert batch_norms(model) == ["bn"]
     model(X)
     assert batch_norms(model) == []
+
+
+# ---- a part that is called from elsewhere than the model's forward
+
+
+@pytest.mark.parametrize("wrap", [lambda y: y, lambda y: {"y": [y[:, :2]]}, lambda y: lambda: y])
+def test_what_a_part_returns_may_be_written_to(wrap: Any) -> None:
+    class Encoder(Net):
+        def forward(self, x: Tensor) -> Any:
+            return wrap(self.bn(self.last(self.conv(x))))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = Encoder()
+
+    model = netdeconv.convert(Model())
+    model.encoder(X)
+    assert type(model.encoder.bn) is Clone and is_settled(model.encoder)
+    whole = netdeconv.convert(Encoder())
+    whole(X)
+    assert type(whole.bn) is nn.Identity
+
+
+def test_a_part_makes_no_clone_of_what_it_keeps_to_itself() -> None:
+    model = netdeconv.convert(nn.ModuleList([Net()]))
+    model[0](X)
+    assert type(model[0].bn) is nn.Identity

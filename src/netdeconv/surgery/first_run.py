@@ -75,7 +75,7 @@ class FirstRun:
     - A layer whose weight something else reads, or whose calls go to several batch norms, is the plain one again, with
       the same parameters. So is the batch norm that had gone for its sake.
     - A batch norm that waited goes where whitening takes its place, and stays otherwise.
-    - Where a batch norm was, no clone is made any more if nothing wrote to it in place.
+    - Where a batch norm was, no clone is made any more if nothing wrote to it in place, and no caller of a part can.
 
     Warns:
         UserWarning: what was changed.
@@ -223,7 +223,8 @@ class FirstRun:
             else:
                 said.append(f"{entry.path} stays ({fate[0]})")
         for module in top.modules():
-            if type(module) is Clone and module in record.sources and module not in record.written:
+            kept = record.written if _is_whole(top) else record.written | record.returned
+            if type(module) is Clone and module in record.sources and module not in kept:
                 become(module, nn.Identity())
         self.waiting = [(norm, entry) for norm, entry in self.waiting if norm not in inside]
         self.removed = [removed for removed in self.removed if removed.place not in inside]
@@ -296,6 +297,11 @@ def _is_ours(hook: Any) -> bool:
 
 def _is_hooked(module: nn.Module) -> bool:
     return any(map(_is_ours, module._forward_pre_hooks.values()))
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether this is the model that was converted, not a part of it."""
+    return any(_is_ours(getattr(held, "hook", None)) for held in module._load_state_dict_pre_hooks.values())
 
 
 def _is_traced() -> bool:

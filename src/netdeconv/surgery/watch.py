@@ -70,6 +70,7 @@ class Record:
         taken: layers whose output something else than a batch norm read, or the model returned.
         weights: for every layer or batch norm whose parameters something else read, a place, as ``file.py:12 in f``.
         written: batch norms whose output an operation in place has changed.
+        returned: batch norms whose output lies in the memory of what the model returned, or may.
         rows: for every layer, whether in all calls it saw one number per channel and image, from a pooling.
         by_function: modules that call torch's function ``batch_norm`` on statistics of their own.
     """
@@ -82,6 +83,7 @@ class Record:
         self.taken: set[nn.Module] = set()
         self.weights: dict[nn.Module, str] = {}
         self.written: set[nn.Module] = set()
+        self.returned: set[nn.Module] = set()
         self.rows: dict[nn.Module, bool] = {}
         self.by_function: set[nn.Module] = set()
 
@@ -216,8 +218,13 @@ class Watcher(TorchFunctionMode):
 
     def returned(self, output: Any) -> None:
         """Take in what the model has returned."""
-        for tensor in tensors_of(output):
+        tensors = tensors_of(output)
+        for tensor in tensors:
             self._take(tensor)
+            if tensor in self._traces:
+                self.record.returned |= self._traces[tensor].aliases
+        if not tensors:  # where they are nobody knows
+            self.record.returned |= self._places
 
     # ---- modules
 
