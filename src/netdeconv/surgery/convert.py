@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from netdeconv.errors import ConfigError
-from netdeconv.surgery.first_run import FirstRun
+from netdeconv.surgery.first_run import FirstRun, Removed
 from netdeconv.surgery.layers import Setting, become, copied
 from netdeconv.surgery.plan import Action, ConversionPlan, Selection
 from netdeconv.surgery.preserve import preserved, record_of
@@ -186,12 +187,16 @@ def converted(
         _work_in_place(in_place)
     concerned = plan.where(Action.WHITEN, Action.REMOVE, Action.WAIT)
     modules = [(entry, new.get_submodule(entry.path)) for entry in concerned]
+    removed: list[Removed] = []
     for entry, module in modules:
         if entry.build is not None and entry.action is not Action.WAIT:
+            if entry.action is Action.REMOVE and example is None:
+                removed.append(Removed(module, copy.copy(module), entry))
             become(module, entry.build(module))
     if example is None:
         waiting = [(module, entry) for entry, module in modules if entry.action is Action.WAIT]
-        FirstRun.install(new, waiting, [module for entry, module in modules if selection.names(entry.path, module)])
+        included = [module for entry, module in modules if selection.names(entry.path, module)]
+        FirstRun.install(new, waiting, included, removed)
     return new, plan
 
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from netdeconv.nn import ChannelWhitening, Whitening
 from netdeconv.nn.layer import WhitenedLayer
 from netdeconv.surgery.batches import tensors_of
+from netdeconv.surgery.frames import in_forward_of, place_of_use
 from netdeconv.surgery.operations import (
     asks_for_type,
     is_batch_norm,
@@ -33,8 +31,6 @@ from netdeconv.surgery.recognise import Clone, is_layer, is_like_batch_norm
 __all__ = ["Record", "Watcher"]
 
 _WHITENED = (WhitenedLayer, ChannelWhitening, Whitening)
-# Frames in these folders are not where a user would look.
-_INSIDE = (os.path.dirname(os.path.dirname(__file__)) + os.sep, os.path.dirname(torch.__file__) + os.sep)
 
 
 class Call(NamedTuple):
@@ -74,6 +70,7 @@ class Record:
         taken: layers whose output something else than a batch norm read, or the model returned.
         weights: for every layer or batch norm whose parameters something else read, a place, as ``file.py:12 in f``.
         written: batch norms whose output an operation in place has changed.
+        returned: batch norms whose output lies in the memory of what the model returned, or may.
         rows: for every layer, whether in all calls it saw one number per channel and image, from a pooling.
         by_function: modules that call torch's function ``batch_norm`` on statistics of their own.
     """
@@ -86,6 +83,7 @@ class Record:
         self.taken: set[nn.Module] = set()
         self.weights: dict[nn.Module, str] = {}
         self.written: set[nn.Module] = set()
+        self.returned: set[nn.Module] = set()
         self.rows: dict[nn.Module, bool] = {}
         self.by_function: set[nn.Module] = set()
 
@@ -143,11 +141,13 @@ class Watcher(TorchFunctionMode):
     the model afterwards. Other threads may run the model meanwhile; they are not watched.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, places: Iterable[nn.Module] = ()) -> None:
+        """``places`` are modules to be taken for batch norms, as they were."""
         super().__init__()
         self.record = Record()
         self._modules = list(model.modules())
         self._places = {module for module in self._modules if is_like_batch_norm(module) or isinstance(module, Clone)}
+        self._places.update(places)
         self._shut = {module for module in self._modules if module in self._places or _is_alone(module)}
         self._owners: dict[int, list[nn.Module]] = {}
         self._asked: dict[int, list[nn.Module]] = {}  # layers and norms whose parameters nobody else is to read
@@ -186,9 +186,15 @@ class Watcher(TorchFunctionMode):
         self._remove_hooks()
 
     def close(self) -> None:
-        """Leave the context from where it may not be the innermost one any more: then it stays, and does nothing."""
-        if _get_current_function_mode() is self:
-            super().__exit__(None, None, None)
+        """Leave the context, also from where it is not the innermost one; from another thread it only ends its work."""
+        if not self._elsewhere():
+            inner = []
+            while self in _get_current_function_mode_stack():
+                mode = _pop_mode()
+                if mode is not self:
+                    inner.append(mode)
+            for mode in reversed(inner):
+                _push_mode(mode)
         self._thread = 0
         self._remove_hooks()
 
@@ -212,8 +218,13 @@ class Watcher(TorchFunctionMode):
 
     def returned(self, output: Any) -> None:
         """Take in what the model has returned."""
-        for tensor in tensors_of(output):
+        tensors = tensors_of(output)
+        for tensor in tensors:
             self._take(tensor)
+            if tensor in self._traces:
+                self.record.returned |= self._traces[tensor].aliases
+        if not tensors:  # where they are nobody knows
+            self.record.returned |= self._places
 
     # ---- modules
 
@@ -266,7 +277,9 @@ class Watcher(TorchFunctionMode):
         for tensor in (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)):
             if module in self._places:
                 first = inputs[0] if inputs else _INPUT
-                self._traces[tensor] = first._replace(norms=first.norms | {module}, aliases=frozenset({module}))
+                same = any(leaf is tensor for leaf in tree_leaves((args, kwargs)))
+                aliases = (first.aliases if same else frozenset()) | {module}
+                self._traces[tensor] = first._replace(norms=first.norms | {module}, aliases=aliases)
             elif module in self._shut:
                 call = Call(module, self.record.calls[module])
                 self._traces[tensor] = _Trace(frozenset({call}), pooled=self.record.rows.get(module, False))
@@ -334,9 +347,9 @@ class Watcher(TorchFunctionMode):
     def _read(self, key: int) -> None:
         """A parameter is used: by its owner, or by somebody else?"""
         owners = self._owners[key]
-        if any(module in self._running for module in owners) or _in_forward_of(owners):
+        if any(module in self._running for module in owners) or in_forward_of(owners):
             return
-        place = _place()
+        place = place_of_use()
         for module in self._asked[key]:
             self.record.weights.setdefault(module, place)
 
@@ -368,31 +381,3 @@ def _has(traces: Any, leaf: Any) -> bool:
 def _batched_dims(layer: Any) -> int:
     kernel = getattr(layer, "kernel_size", None)
     return 2 if kernel is None else len(kernel) + 2
-
-
-def _frames() -> Iterator[Any]:
-    frame: Any = sys._getframe(2)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
-
-
-def _in_forward_of(owners: list[nn.Module]) -> bool:
-    """Whether a forward of one of these runs that was called directly, past the hooks."""
-    for frame in _frames():
-        code = frame.f_code
-        if code.co_name == "forward" and code.co_argcount:
-            first = frame.f_locals.get(code.co_varnames[0])
-            if any(first is owner for owner in owners):
-                return True
-    return False
-
-
-def _place() -> str:
-    """Where in the user's code, or another library's, the operation stands."""
-    frame = None
-    for frame in _frames():
-        if not os.path.abspath(frame.f_code.co_filename).startswith(_INSIDE):
-            break
-    assert frame is not None
-    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"
