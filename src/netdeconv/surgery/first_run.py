@@ -16,7 +16,7 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from netdeconv.nn import ChannelWhitening, Whitening
 from netdeconv.nn.layer import WhitenedLayer
-from netdeconv.surgery.frames import call_of, has_ended
+from netdeconv.surgery.frames import call_of, has_ended, in_functional_call
 from netdeconv.surgery.layers import become, plain_again
 from netdeconv.surgery.plan import Entry
 from netdeconv.surgery.recognise import Clone, is_like_batch_norm
@@ -70,7 +70,8 @@ class FirstRun:
 
     That is when the model, or the part of it that is called on its own, first runs outside ``torch.compile``, in
     whatever mode, in one thread. Others may run it at the same time: nothing is changed before all have left, and who
-    comes meanwhile waits for the change. Then nothing of this is left on the part that ran.
+    comes meanwhile waits for the change. Then nothing of this is left on the part that ran. A call under torch.func, or
+    with other parameters than its own, shows and changes nothing.
 
     - A layer whose weight something else reads, or whose calls go to several batch norms, is the plain one again, with
       the same parameters. So is the batch norm that had gone for its sake.
@@ -133,7 +134,7 @@ class FirstRun:
             if thread in self._inside or not _is_hooked(module):  # another thread may have finished just now
                 return
             self._inside[thread] = running = _Running(module, call_of(sys._getframe(1)), sys.exc_info()[1])
-            if self._watch is None and not self._seen:
+            if self._watch is None and not self._seen and not _is_transformed(module):
                 spots = [removed.spot for removed in self.removed]
                 self._watch, self._watched = Watcher(module, spots), running
                 self._watch.__enter__()
@@ -154,8 +155,8 @@ class FirstRun:
                     watch.returned(output)
                     self._seen.append((module, watch.record))
                 watch.close()
-            if not self._inside:
-                while self._seen:
+            if not self._inside and not _is_transformed(module):
+                while self._seen and not _is_transformed(self._seen[-1][0]):
                     self._settle(*self._seen.pop())
 
     def loading(self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
@@ -307,6 +308,15 @@ def _is_whole(module: nn.Module) -> bool:
 def _is_traced() -> bool:
     """Whether operators are recorded rather than run, by torch.fx or torch.jit."""
     return is_fx_symbolic_tracing() or torch.jit.is_tracing()
+
+
+def _is_transformed(module: nn.Module) -> bool:
+    """Whether torch.func transforms the call, or other tensors are in place of the module's parameters."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or in_functional_call()
+        or not all(isinstance(parameter, nn.Parameter) for parameter in module.parameters())
+    )
 
 
 def _is_whitened(layer: nn.Module) -> bool:
