@@ -319,3 +319,34 @@ def test_what_another_thread_has_shown_waits_until_the_parameters_are_back() -> 
     assert list(model.state_dict()) == names and batch_norms(model) == ["bn"]
     model(X)
     assert batch_norms(model) == [] and is_settled(model)
+
+
+# ---- activations in place
+
+
+def test_activations_work_in_place_again_if_no_batch_norm_goes() -> None:
+    class Stays(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.conv, self.act = nn.BatchNorm2d(4), nn.ConvTranspose2d(3, 4, 3), nn.ReLU(True)
+            self.last = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.last(self.act(self.bn(self.conv(x))).mean((2, 3)))
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stays, self.net = Stays(), Net()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.stays(x), self.net(x)
+
+    stays, both, reads = netdeconv.convert(Stays()), netdeconv.convert(Both()), netdeconv.convert(Reads())
+    copied, loaded = copy.deepcopy(stays), pickle.loads(pickle.dumps(reads))
+    assert not (stays.act.inplace or both.stays.act.inplace or reads.body[2].inplace)
+    for model in (stays, both, reads, copied, loaded):
+        model(X)
+    assert batch_norms(stays) == ["bn"] and batch_norms(both) == ["stays.bn"] and batch_norms(reads) == ["body.1"]
+    assert stays.act.inplace and copied.act.inplace and reads.body[2].inplace and loaded.body[2].inplace
+    assert not both.stays.act.inplace

@@ -83,9 +83,14 @@ class FirstRun:
     """
 
     def __init__(
-        self, waiting: list[tuple[nn.Module, Entry]], included: list[nn.Module], removed: list[Removed]
+        self,
+        waiting: list[tuple[nn.Module, Entry]],
+        included: list[nn.Module],
+        removed: list[Removed],
+        in_place: list[Any],
     ) -> None:
-        self.waiting, self.included, self.removed = waiting, included, removed
+        self.waiting, self.included, self.removed, self.in_place = waiting, included, removed, in_place
+        self.gone = False  # whether a batch norm went for good
         self.plain: list[nn.Module] = []  # layers that a state dict has made plain again
         self._start_anew()
 
@@ -103,9 +108,17 @@ class FirstRun:
         waiting: list[tuple[nn.Module, Entry]],
         included: list[nn.Module],
         removed: list[Removed],
+        in_place: list[Any],
     ) -> None:
-        """Watch every module of the model that has modules inside, whichever is called first."""
-        watcher = cls(waiting, included, removed)
+        """Watch every module of the model that has modules inside, whichever is called first.
+
+        Args:
+            waiting: batch norms that wait, with their lines in the plan.
+            included: modules that the user has named.
+            removed: batch norms that the tree let go.
+            in_place: activations that may work in place again if in the end no batch norm goes.
+        """
+        watcher = cls(waiting, included, removed, in_place)
         model.register_load_state_dict_pre_hook(watcher.loading)
         for module in model.modules():
             if any(True for _ in module.children()) and not isinstance(module, _WHITENED):
@@ -176,6 +189,7 @@ class FirstRun:
                     removed[module].restore(model)
                 elif module in waiting and not held and _is_missing(model, path, waiting, known):
                     become(module, waiting[module].build(module))  # type: ignore[misc]
+                    self.gone = True
             self.waiting = [(norm, entry) for norm, entry in self.waiting if is_like_batch_norm(norm)]
             self.removed = [one for one in self.removed if not is_like_batch_norm(one.place)]
 
@@ -214,12 +228,15 @@ class FirstRun:
             if around and fate is not None and removed.place not in self.included:
                 removed.restore(min(around, key=name))
                 said.append(f"{removed.entry.path} is back ({fate[0]})")
+            else:
+                self.gone |= removed.place in inside
         for norm, entry in self.waiting:
             if norm not in inside or norm not in record.sources or entry.build is None:
                 continue
             fate = fate_of_norm(norm, record, _is_whitened, name)
             if fate is None:
                 become(norm, entry.build(norm))
+                self.gone = True
                 said.append(f"{entry.path} is gone")
             else:
                 said.append(f"{entry.path} stays ({fate[0]})")
@@ -229,6 +246,9 @@ class FirstRun:
                 become(module, nn.Identity())
         self.waiting = [(norm, entry) for norm, entry in self.waiting if norm not in inside]
         self.removed = [removed for removed in self.removed if removed.place not in inside]
+        if not (self.gone or self.waiting or self.removed):
+            for module in self.in_place:
+                module.inplace = True
         self.remove(top)
         if said:
             shown = "; ".join(said[:5]) + (f"; and {len(said) - 5} more" if len(said) > 5 else "")
@@ -241,7 +261,7 @@ class FirstRun:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FirstRun:
         if id(self) not in memo:
-            memo[id(self)] = new = FirstRun([], [], [])  # whatever runs at the moment does so on the original
+            memo[id(self)] = new = FirstRun([], [], [], [])  # whatever runs at the moment does so on the original
             new.waiting = [(copy.deepcopy(norm, memo), entry) for norm, entry in self.waiting]
             new.included = [copy.deepcopy(module, memo) for module in self.included]
             new.removed = [
@@ -249,16 +269,19 @@ class FirstRun:
                 for place, norm, entry in self.removed
             ]
             new.plain = [copy.deepcopy(module, memo) for module in self.plain]
+            new.in_place = [copy.deepcopy(module, memo) for module in self.in_place]
+            new.gone = self.gone
         return memo[id(self)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("waiting", "included", "removed", "plain")}
+        return {name: getattr(self, name) for name in _STATE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._start_anew()
 
 
+_STATE = ("waiting", "included", "removed", "plain", "in_place", "gone")
 _SEVERAL = "it feeds several batch norms, each with statistics of its own"
 
 
