@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn import functional as F
 
 import netdeconv
@@ -38,6 +39,7 @@ class Net(nn.Module):
 def nothing_said() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "convert: the first forward")
+        warnings.simplefilter("ignore", netdeconv.StatisticsWarning)
         yield
 
 
@@ -246,3 +248,105 @@ def test_a_part_makes_no_clone_of_what_it_keeps_to_itself() -> None:
     model = netdeconv.convert(nn.ModuleList([Net()]))
     model[0](X)
     assert type(model[0].bn) is nn.Identity
+
+
+# ---- under torch.func
+
+
+def swapped(model: nn.Module) -> None:
+    parameters = {name: value.detach().clone() for name, value in model.named_parameters()}
+    functional_call(model, parameters, (X,))
+
+
+def buffers_swapped(model: nn.Module) -> None:
+    functional_call(model, {name: value.clone() for name, value in model.named_buffers()}, (X,))
+
+
+def gradients(model: nn.Module) -> None:
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, parameters, (X,)).sum()
+
+    grad(loss)(parameters)
+
+
+def many_gradients(model: nn.Module) -> None:
+    stacked, _ = stack_module_state([model, model])  # type: ignore[list-item]
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, parameters, (X,)).sum()
+
+    vmap(grad(loss))(stacked)
+
+
+def closure(model: nn.Module) -> None:
+    grad(lambda x: model(x).sum())(X)
+
+
+@pytest.mark.parametrize("run", [swapped, buffers_swapped, gradients, many_gradients, closure])
+@pytest.mark.parametrize("make", [Net, Reads])
+def test_a_call_under_torch_func_changes_nothing(make: Any, run: Any) -> None:
+    model = netdeconv.convert(make()).eval()
+    names, held, norms = list(model.state_dict()), list(model.parameters()), batch_norms(model)
+    run(model)
+    assert list(model.state_dict()) == names and batch_norms(model) == norms
+    assert all(a is b for a, b in zip(model.parameters(), held, strict=True))
+    assert torch.overrides._len_torch_function_stack() == 0
+    model(X)
+    assert batch_norms(model) == ([] if make is Net else ["body.1"]) and is_settled(model)
+
+
+def test_what_another_thread_has_shown_waits_until_the_parameters_are_back() -> None:
+    class Stops(Net):
+        def forward(self, x: Tensor) -> Any:
+            y = super().forward(x)
+            if threading.current_thread() is thread:
+                started.set()
+                go_on.wait()
+            elif not go_on.is_set():
+                go_on.set()
+                thread.join()
+            return y
+
+    started, go_on = threading.Event(), threading.Event()
+    model = netdeconv.convert(Stops()).eval()
+    names = list(model.state_dict())
+    thread = threading.Thread(target=model, args=(X,))
+    thread.start()
+    started.wait()
+    swapped(model)
+    assert list(model.state_dict()) == names and batch_norms(model) == ["bn"]
+    model(X)
+    assert batch_norms(model) == [] and is_settled(model)
+
+
+# ---- activations in place
+
+
+def test_activations_work_in_place_again_if_no_batch_norm_goes() -> None:
+    class Stays(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.conv, self.act = nn.BatchNorm2d(4), nn.ConvTranspose2d(3, 4, 3), nn.ReLU(True)
+            self.last = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.last(self.act(self.bn(self.conv(x))).mean((2, 3)))
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stays, self.net = Stays(), Net()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.stays(x), self.net(x)
+
+    stays, both, reads = netdeconv.convert(Stays()), netdeconv.convert(Both()), netdeconv.convert(Reads())
+    copied, loaded = copy.deepcopy(stays), pickle.loads(pickle.dumps(reads))
+    assert not (stays.act.inplace or both.stays.act.inplace or reads.body[2].inplace)
+    for model in (stays, both, reads, copied, loaded):
+        model(X)
+    assert batch_norms(stays) == ["bn"] and batch_norms(both) == ["stays.bn"] and batch_norms(reads) == ["body.1"]
+    assert stays.act.inplace and copied.act.inplace and reads.body[2].inplace and loaded.body[2].inplace
+    assert not both.stays.act.inplace

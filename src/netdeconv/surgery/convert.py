@@ -196,7 +196,7 @@ def converted(
     if example is None:
         waiting = [(module, entry) for entry, module in modules if entry.action is Action.WAIT]
         included = [module for entry, module in modules if selection.names(entry.path, module)]
-        FirstRun.install(new, waiting, included, removed)
+        FirstRun.install(new, waiting, included, removed, in_place)
     return new, plan
 
 

@@ -16,7 +16,7 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from netdeconv.nn import ChannelWhitening, Whitening
 from netdeconv.nn.layer import WhitenedLayer
-from netdeconv.surgery.frames import call_of, has_ended
+from netdeconv.surgery.frames import call_of, has_ended, in_functional_call
 from netdeconv.surgery.layers import become, plain_again
 from netdeconv.surgery.plan import Entry
 from netdeconv.surgery.recognise import Clone, is_like_batch_norm
@@ -70,7 +70,8 @@ class FirstRun:
 
     That is when the model, or the part of it that is called on its own, first runs outside ``torch.compile``, in
     whatever mode, in one thread. Others may run it at the same time: nothing is changed before all have left, and who
-    comes meanwhile waits for the change. Then nothing of this is left on the part that ran.
+    comes meanwhile waits for the change. Then nothing of this is left on the part that ran. A call under torch.func, or
+    with other parameters than its own, shows and changes nothing.
 
     - A layer whose weight something else reads, or whose calls go to several batch norms, is the plain one again, with
       the same parameters. So is the batch norm that had gone for its sake.
@@ -82,9 +83,14 @@ class FirstRun:
     """
 
     def __init__(
-        self, waiting: list[tuple[nn.Module, Entry]], included: list[nn.Module], removed: list[Removed]
+        self,
+        waiting: list[tuple[nn.Module, Entry]],
+        included: list[nn.Module],
+        removed: list[Removed],
+        in_place: list[Any],
     ) -> None:
-        self.waiting, self.included, self.removed = waiting, included, removed
+        self.waiting, self.included, self.removed, self.in_place = waiting, included, removed, in_place
+        self.gone = False  # whether a batch norm went for good
         self.plain: list[nn.Module] = []  # layers that a state dict has made plain again
         self._start_anew()
 
@@ -102,9 +108,17 @@ class FirstRun:
         waiting: list[tuple[nn.Module, Entry]],
         included: list[nn.Module],
         removed: list[Removed],
+        in_place: list[Any],
     ) -> None:
-        """Watch every module of the model that has modules inside, whichever is called first."""
-        watcher = cls(waiting, included, removed)
+        """Watch every module of the model that has modules inside, whichever is called first.
+
+        Args:
+            waiting: batch norms that wait, with their lines in the plan.
+            included: modules that the user has named.
+            removed: batch norms that the tree let go.
+            in_place: activations that may work in place again if in the end no batch norm goes.
+        """
+        watcher = cls(waiting, included, removed, in_place)
         model.register_load_state_dict_pre_hook(watcher.loading)
         for module in model.modules():
             if any(True for _ in module.children()) and not isinstance(module, _WHITENED):
@@ -133,7 +147,7 @@ class FirstRun:
             if thread in self._inside or not _is_hooked(module):  # another thread may have finished just now
                 return
             self._inside[thread] = running = _Running(module, call_of(sys._getframe(1)), sys.exc_info()[1])
-            if self._watch is None and not self._seen:
+            if self._watch is None and not self._seen and not _is_transformed(module):
                 spots = [removed.spot for removed in self.removed]
                 self._watch, self._watched = Watcher(module, spots), running
                 self._watch.__enter__()
@@ -154,8 +168,8 @@ class FirstRun:
                     watch.returned(output)
                     self._seen.append((module, watch.record))
                 watch.close()
-            if not self._inside:
-                while self._seen:
+            if not self._inside and not _is_transformed(module):
+                while self._seen and not _is_transformed(self._seen[-1][0]):
                     self._settle(*self._seen.pop())
 
     def loading(self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
@@ -175,6 +189,7 @@ class FirstRun:
                     removed[module].restore(model)
                 elif module in waiting and not held and _is_missing(model, path, waiting, known):
                     become(module, waiting[module].build(module))  # type: ignore[misc]
+                    self.gone = True
             self.waiting = [(norm, entry) for norm, entry in self.waiting if is_like_batch_norm(norm)]
             self.removed = [one for one in self.removed if not is_like_batch_norm(one.place)]
 
@@ -213,12 +228,15 @@ class FirstRun:
             if around and fate is not None and removed.place not in self.included:
                 removed.restore(min(around, key=name))
                 said.append(f"{removed.entry.path} is back ({fate[0]})")
+            else:
+                self.gone |= removed.place in inside
         for norm, entry in self.waiting:
             if norm not in inside or norm not in record.sources or entry.build is None:
                 continue
             fate = fate_of_norm(norm, record, _is_whitened, name)
             if fate is None:
                 become(norm, entry.build(norm))
+                self.gone = True
                 said.append(f"{entry.path} is gone")
             else:
                 said.append(f"{entry.path} stays ({fate[0]})")
@@ -228,6 +246,9 @@ class FirstRun:
                 become(module, nn.Identity())
         self.waiting = [(norm, entry) for norm, entry in self.waiting if norm not in inside]
         self.removed = [removed for removed in self.removed if removed.place not in inside]
+        if not (self.gone or self.waiting or self.removed):
+            for module in self.in_place:
+                module.inplace = True
         self.remove(top)
         if said:
             shown = "; ".join(said[:5]) + (f"; and {len(said) - 5} more" if len(said) > 5 else "")
@@ -240,7 +261,7 @@ class FirstRun:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FirstRun:
         if id(self) not in memo:
-            memo[id(self)] = new = FirstRun([], [], [])  # whatever runs at the moment does so on the original
+            memo[id(self)] = new = FirstRun([], [], [], [])  # whatever runs at the moment does so on the original
             new.waiting = [(copy.deepcopy(norm, memo), entry) for norm, entry in self.waiting]
             new.included = [copy.deepcopy(module, memo) for module in self.included]
             new.removed = [
@@ -248,16 +269,19 @@ class FirstRun:
                 for place, norm, entry in self.removed
             ]
             new.plain = [copy.deepcopy(module, memo) for module in self.plain]
+            new.in_place = [copy.deepcopy(module, memo) for module in self.in_place]
+            new.gone = self.gone
         return memo[id(self)]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("waiting", "included", "removed", "plain")}
+        return {name: getattr(self, name) for name in _STATE}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._start_anew()
 
 
+_STATE = ("waiting", "included", "removed", "plain", "in_place", "gone")
 _SEVERAL = "it feeds several batch norms, each with statistics of its own"
 
 
@@ -307,6 +331,15 @@ def _is_whole(module: nn.Module) -> bool:
 def _is_traced() -> bool:
     """Whether operators are recorded rather than run, by torch.fx or torch.jit."""
     return is_fx_symbolic_tracing() or torch.jit.is_tracing()
+
+
+def _is_transformed(module: nn.Module) -> bool:
+    """Whether torch.func transforms the call, or other tensors are in place of the module's parameters."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or in_functional_call()
+        or not all(isinstance(parameter, nn.Parameter) for parameter in module.parameters())
+    )
 
 
 def _is_whitened(layer: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["call_of", "has_ended", "in_forward_of", "place_of_use"]
+__all__ = ["call_of", "has_ended", "in_forward_of", "in_functional_call", "place_of_use"]
 
 # Frames in these folders are not where a user would look.
 _INSIDE = (os.path.dirname(os.path.dirname(__file__)) + os.sep, os.path.dirname(torch.__file__) + os.sep)
@@ -50,6 +50,11 @@ def in_forward_of(owners: list[nn.Module]) -> bool:
             if any(first is owner for owner in owners):
                 return True
     return False
+
+
+def in_functional_call() -> bool:
+    """Whether ``torch.func.functional_call`` has put other tensors, parameters or buffers, into a module."""
+    return any(frame.f_globals.get("__name__") == "torch.nn.utils.stateless" for frame in _frames())
 
 
 def place_of_use() -> str:
