@@ -82,7 +82,7 @@ def test_what_fails_before_its_first_step_leaves_no_folder_and_nothing_of_others
 
 def test_ctrl_c_while_libraries_are_loaded_is_no_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LAUNCHED, "fit", *QUICK, f"--out={tmp_path / 'run'}"]
-    for seconds in (0.3, 1.5, 3.5):
+    for seconds in (0.2, 0.7, 1.4):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
         time.sleep(seconds)
         os.kill(process.pid, signal.SIGINT)

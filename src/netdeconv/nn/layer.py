@@ -32,9 +32,9 @@ class WhitenedLayer(nn.Module):
     bias: Any
     whitening: Whitening
 
-    def whitened_parameters(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    def whitened_parameters(self, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Weight and bias that whiten x ``(N, C, *spatial)`` and then do what the layer does with this weight."""
-        whitening = self.whitening
+        whitening, weight = self.whitening, self.weight if weight is None else weight
         if whitening.gathers_statistics() or torch.is_grad_enabled() or traced():
             found = whitening(x, weight=weight)
             return (weight, self.bias) if found is None else self._fold(found, weight)

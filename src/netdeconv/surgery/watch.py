@@ -145,7 +145,8 @@ class Watcher(TorchFunctionMode):
         """``places`` are modules to be taken for batch norms, as they were."""
         super().__init__()
         self.record = Record()
-        self._modules = list(model.modules())
+        # A whitening belongs to its layer, and takes another way where it is hooked, which rounds differently.
+        self._modules = [module for module in model.modules() if not isinstance(module, Whitening)]
         self._places = {module for module in self._modules if is_like_batch_norm(module) or isinstance(module, Clone)}
         self._places.update(places)
         self._shut = {module for module in self._modules if module in self._places or _is_alone(module)}
