@@ -96,8 +96,8 @@ class Estimator:
         self, x: Tensor, var: Tensor, mean: Tensor, count: int, *, all_above: bool
     ) -> tuple[Tensor, Slope]:
         """The scale, and its gradient where that is computed by hand; arguments of and from :meth:`variance_of`."""
-        limits = {"max_rows": _rows_for_variance(x), "eps": self.config.eps}
-        return scale_and_slope(var, mean, count, **limits, all_above=all_above)  # type: ignore[arg-type]
+        most, eps = _rows_for_variance(x), self.config.eps
+        return scale_and_slope(var, mean, count, max_rows=most, eps=eps, all_above=all_above)
 
     def scale_of(self, var: Tensor) -> Tensor:
         """What every channel is multiplied by; see :func:`netdeconv.functional.scale_of`."""

@@ -103,8 +103,9 @@ class Whitening(BatchStatistics):
             weight: the caller's, by which several processes tell whether they are at the same layer.
 
         Raises:
-            StatisticsError: with ``sync``, some processes train while others are frozen or in evaluation mode; or a
-                backward pass runs the layer on something that is no recomputation.
+            StatisticsError: with ``sync``, some processes train while others are frozen, in evaluation mode, or at
+                another layer; nested checkpoints recompute another input; or several batches have one set of
+                statistics.
         """
         shared, compiling = self._shared(), torch.compiler.is_compiling()
         if shared and not compiling:
@@ -140,16 +141,17 @@ class Whitening(BatchStatistics):
             found = self._opaque_refresh(x)
         else:
             found = self._refresh(x, by_hand, checkpoint)
-        if compiling:
-            self._clock.advance_in_graph()
-            self.num_steps.add_(1)
-        else:
-            self._count()
+        self._count()
         return found
 
     def _count(self) -> None:
-        self.num_steps.add_(1)
-        self._clock.advance(self.num_steps)
+        """One step more, in the buffer and on the clock."""
+        if torch.compiler.is_compiling():  # before the buffer, which the clock compares with
+            self._clock.advance_in_graph()
+            self.num_steps.add_(1)
+        else:
+            self.num_steps.add_(1)
+            self._clock.advance(self.num_steps)
 
     def takes_own_root(self, x: Tensor) -> bool:
         """Whether a step on the rows x is :func:`netdeconv.functional.whitened_linear`, if they have statistics."""

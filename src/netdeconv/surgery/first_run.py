@@ -14,18 +14,17 @@ import torch
 from torch import nn
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
-from netdeconv.nn import ChannelWhitening, Whitening
+from netdeconv.nn import Whitening
 from netdeconv.nn.layer import WhitenedLayer
 from netdeconv.surgery.frames import call_of, has_ended, in_functional_call
 from netdeconv.surgery.layers import become, plain_again
 from netdeconv.surgery.plan import Entry
-from netdeconv.surgery.recognise import Clone, is_like_batch_norm
+from netdeconv.surgery.recognise import Clone, is_like_batch_norm, is_whitened
 from netdeconv.surgery.survey import fate_of_norm
 from netdeconv.surgery.watch import Record, Watcher
 
 __all__ = ["FirstRun", "Removed"]
 
-_WHITENED = (WhitenedLayer, ChannelWhitening, Whitening)
 
 
 class Removed(NamedTuple):
@@ -121,7 +120,7 @@ class FirstRun:
         watcher = cls(waiting, included, removed, in_place)
         model.register_load_state_dict_pre_hook(watcher.loading)
         for module in model.modules():
-            if any(True for _ in module.children()) and not isinstance(module, _WHITENED):
+            if any(True for _ in module.children()) and not is_whitened(module):
                 module.register_forward_pre_hook(watcher.before, prepend=True)
                 module.register_forward_hook(watcher.after, always_call=True)
 
@@ -224,7 +223,7 @@ class FirstRun:
         for removed in self.removed:
             spot = removed.spot
             around = plain & (record.makers(spot) | record.readers.get(spot, set()))
-            fate = fate_of_norm(spot, record, _is_whitened, name)
+            fate = fate_of_norm(spot, record, is_whitened, name)
             if around and fate is not None and removed.place not in self.included:
                 removed.restore(min(around, key=name))
                 said.append(f"{removed.entry.path} is back ({fate[0]})")
@@ -233,7 +232,7 @@ class FirstRun:
         for norm, entry in self.waiting:
             if norm not in inside or norm not in record.sources or entry.build is None:
                 continue
-            fate = fate_of_norm(norm, record, _is_whitened, name)
+            fate = fate_of_norm(norm, record, is_whitened, name)
             if fate is None:
                 become(norm, entry.build(norm))
                 self.gone = True
@@ -340,7 +339,3 @@ def _is_transformed(module: nn.Module) -> bool:
         or in_functional_call()
         or not all(isinstance(parameter, nn.Parameter) for parameter in module.parameters())
     )
-
-
-def _is_whitened(layer: nn.Module) -> bool:
-    return isinstance(layer, _WHITENED)

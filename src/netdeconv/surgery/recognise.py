@@ -17,7 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from netdeconv.errors import ConfigError
-from netdeconv.nn import WhitenedConv1d, WhitenedConv2d, WhitenedConv3d, WhitenedLinear, Whitening
+from netdeconv.nn import ChannelWhitening, WhitenedConv1d, WhitenedConv2d, WhitenedConv3d, WhitenedLinear, Whitening
 from netdeconv.nn.layer import WhitenedLayer
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "is_like_batch_norm",
     "is_quantised",
     "is_sequence",
+    "is_whitened",
     "rule_for",
     "why_not_whiten",
 ]
@@ -45,6 +46,11 @@ _BATCH_NORMS: tuple[type, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 # What a subclass may define and still be the same layer to everybody who calls it.
 _BUILDING = {"__init__", "__repr__", "extra_repr", "reset_parameters", "reset_running_stats", "__constants__"}
 _PROBE_TOLERANCE = 1e-4  # float32, numbers of order one
+
+
+def is_whitened(module: nn.Module) -> bool:
+    """Whether it whitens already, or is what does so in a layer."""
+    return isinstance(module, (WhitenedLayer, ChannelWhitening, Whitening))
 
 
 def is_layer(module: nn.Module) -> bool:

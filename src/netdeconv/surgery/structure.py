@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from netdeconv.surgery.recognise import LAYERS, is_layer, is_like_batch_norm, is_sequence
 
-__all__ = ["Neighbours", "Structure"]
+__all__ = ["Neighbours", "Structure", "is_pointwise"]
 
 _POOLINGS: tuple[Any, ...] = (
     nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
@@ -95,7 +95,7 @@ class Structure:
                 self._chain(chain, is_sequence(model))
                 _follow(chain, followers)
             self.pooled |= {
-                children[name] for name in _SQUEEZED.get(kind.__name__, ()) if _is_pointwise(children.get(name))
+                children[name] for name in _SQUEEZED.get(kind.__name__, ()) if is_pointwise(children.get(name))
             }
             for name in _READ.get(f"{kind.__module__}.{kind.__name__}", ()):
                 if name in children:
@@ -260,7 +260,7 @@ def _through(module: Any, pooled: bool, found: set[nn.Module]) -> bool:
     if isinstance(module, _POOLINGS):
         size = module.output_size
         return pooled or (set(size) if isinstance(size, (tuple, list)) else {size}) == {1}
-    if _is_pointwise(module):
+    if is_pointwise(module):
         if pooled:
             found.add(module)
         return pooled
@@ -272,5 +272,6 @@ def _through(module: Any, pooled: bool, found: set[nn.Module]) -> bool:
     return pooled and harmless
 
 
-def _is_pointwise(module: Any) -> bool:
+def is_pointwise(module: Any) -> bool:
+    """Whether it is a convolution of one tap."""
     return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and set(module.kernel_size) == {1}

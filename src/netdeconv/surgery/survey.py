@@ -11,8 +11,6 @@ import torch
 from torch import nn
 
 from netdeconv.errors import ConfigError
-from netdeconv.nn import ChannelWhitening, Whitening
-from netdeconv.nn.layer import WhitenedLayer
 from netdeconv.surgery.layers import Setting, setting_for, whitened_twin
 from netdeconv.surgery.plan import Action, ConversionPlan, Entry, Selection
 from netdeconv.surgery.recognise import (
@@ -21,16 +19,16 @@ from netdeconv.surgery.recognise import (
     is_layer,
     is_like_batch_norm,
     is_quantised,
+    is_whitened,
     rule_for,
     why_not_whiten,
 )
-from netdeconv.surgery.structure import Structure
+from netdeconv.surgery.structure import Structure, is_pointwise
 from netdeconv.surgery.watch import Record
 
-__all__ = ["check_model", "fate_of_norm", "feeds_several", "survey"]
+__all__ = ["check_model", "fate_of_norm", "survey"]
 
 _WRAPPERS = {"OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
-_WHITENED = (WhitenedLayer, ChannelWhitening, Whitening)
 _POOLED = "behind a global pooling it sees one row per image"
 _FROZEN = "frozen (requires_grad=False): a fixed function, not a layer that learns"
 _TAKEN = "whitening takes its place"
@@ -70,7 +68,8 @@ class _Survey:
         self.tree = Structure(model)
         self.entries: dict[nn.Module, Entry] = {}
         self.included: set[nn.Module] = set()
-        self.several = feeds_several(self.tree.several, record)
+        # Layers whose calls go to one batch norm here and to another there, by the tree and by the run.
+        self.several = {**self.tree.several, **(record.shared() if record is not None else {})}
 
     def plan(self) -> ConversionPlan:
         hidden: set[nn.Module] = set()  # inside a module that goes as a whole
@@ -102,7 +101,7 @@ class _Survey:
 
     def _decide(self, entry: Entry, module: nn.Module, rule: tuple[Rule, str] | None) -> Entry:
         """The entry of one module by itself, filled in."""
-        if isinstance(module, _WHITENED):
+        if is_whitened(module):
             return dataclasses.replace(entry, why="whitened already")
         norm = is_like_batch_norm(module)
         concerned = norm or rule is not None or is_layer(module)  # as a whole
@@ -157,8 +156,7 @@ class _Survey:
         """Whether a layer sees one number per channel and image, which only the published procedure whitens."""
         if module in self.tree.pooled:
             return True
-        pointwise = not isinstance(module, nn.Linear) and set(module.kernel_size) == {1}
-        return pointwise and self.record is not None and self.record.rows.get(module, False)
+        return is_pointwise(module) and self.record is not None and self.record.rows.get(module, False)
 
     def _settle(self, norm: nn.Module) -> None:
         """Keep a batch norm that no whitened layer takes the place of, or of which nothing tells yet."""
@@ -196,7 +194,7 @@ class _Survey:
 
     def _is_whitened(self, layer: nn.Module) -> bool:
         entry = self.entries.get(layer)
-        return isinstance(layer, _WHITENED) or (
+        return is_whitened(layer) or (
             entry is not None and entry.action in (Action.WHITEN, Action.REWRITE) and not entry.norm
         )
 
@@ -216,11 +214,6 @@ class _Survey:
         if gone and getattr(module, "inplace", None) is True and not entry.why.startswith("part"):
             return dataclasses.replace(entry, why=f"{entry.why}; no longer in place")
         return entry
-
-
-def feeds_several(tree: Mapping[nn.Module, list[nn.Module]], record: Record | None) -> dict[nn.Module, list[nn.Module]]:
-    """Layers whose calls go to one batch norm here and to another there, with these, by the tree and by a run."""
-    return {**tree, **(record.shared() if record is not None else {})}
 
 
 def fate_of_norm(

@@ -12,8 +12,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from netdeconv.nn import ChannelWhitening, Whitening
-from netdeconv.nn.layer import WhitenedLayer
+from netdeconv.nn import Whitening
 from netdeconv.surgery.batches import tensors_of
 from netdeconv.surgery.frames import in_forward_of, place_of_use
 from netdeconv.surgery.operations import (
@@ -26,11 +25,10 @@ from netdeconv.surgery.operations import (
     says_in_place,
     version_of,
 )
-from netdeconv.surgery.recognise import Clone, is_layer, is_like_batch_norm
+from netdeconv.surgery.recognise import Clone, is_layer, is_like_batch_norm, is_whitened
 
 __all__ = ["Record", "Watcher"]
 
-_WHITENED = (WhitenedLayer, ChannelWhitening, Whitening)
 
 
 class Call(NamedTuple):
@@ -363,7 +361,7 @@ class Watcher(TorchFunctionMode):
 
 def _is_alone(module: nn.Module) -> bool:
     """Whether this is a layer whose insides are its own."""
-    return isinstance(module, _WHITENED) or (is_layer(module) and not any(True for _ in module.children()))
+    return is_whitened(module) or (is_layer(module) and not any(True for _ in module.children()))
 
 
 def _joined(traces: Iterable[_Trace]) -> _Trace:
