@@ -57,6 +57,12 @@ def test_every_norm_is_tried_above() -> None:
     assert set(NORMS) == {"bn", "nd", "nd-paper", "nd-authors", "gn", "ln", "in", "none"}
 
 
+def test_no_two_norms_look_alike() -> None:
+    for what in ("color", "marker"):
+        assert len({norm.style[what] for norm in NORMS.values()}) == len(NORMS)
+    assert len({norm.label for norm in NORMS.values()}) == len({str(norm) for norm in NORMS.values()}) == len(NORMS)
+
+
 def test_groups_of_the_group_norms() -> None:
     net = nn.Sequential(nn.BatchNorm2d(64), nn.BatchNorm2d(48))
     groups = {norm: [m.num_groups for m in with_norm(net, norm)] for norm in ("gn", "ln", "in")}  # type: ignore[union-attr, misc]

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
@@ -13,7 +14,7 @@ from torch import nn
 from netdeconv import ConfigError, WhiteningConfig, convert, zoo
 from netdeconv.lab.names import nearest
 
-__all__ = ["NORMS", "with_norm"]
+__all__ = ["NORMS", "Norm", "with_norm"]
 
 Value = TypeVar("Value")
 
@@ -29,16 +30,32 @@ _FIRST_LAYER = {
 # The same of layers inside blocks: depthwise and narrowing convolutions, and grouped ones.
 _INSIDE = {"mobilenet": {"conv2": 1, "conv3": 1}, "resnext": {"conv2": 3}}
 
-NORMS = {
-    "bn": "batch normalisation, the network as it is",
-    "nd": "network deconvolution with this library's defaults",
-    "nd-paper": "network deconvolution, the published procedure to the letter",
-    "nd-authors": "the same, with the exceptions of the authors' networks",
-    "gn": "group normalisation, 32 groups",
-    "ln": "layer normalisation over channels and positions",
-    "in": "instance normalisation with scale and shift",
-    "none": "no normalisation",
-}
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Norm:
+    """A normalisation by name.
+
+    Args:
+        text: a line of ``--help``.
+        label: in tables and pictures.
+        title: in full, where the label is short.
+        line: colour, marker and, if not solid, dashes of its line in pictures.
+        make: from a network with batch norms, settings of whitening and the network's name to a new network.
+    """
+
+    text: str
+    label: str
+    title: str = ""
+    line: tuple[str, ...]
+    make: Callable[[nn.Module, dict[str, Any], str], nn.Module]
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """What matplotlib's ``plot`` takes."""
+        return dict(zip(("color", "marker", "linestyle"), self.line, strict=False))
+
+    def __str__(self) -> str:
+        return self.title or self.label
 
 
 def with_norm(
@@ -63,11 +80,7 @@ def with_norm(
         raise ConfigError(f"--norm: there is no {norm}. {nearest(norm, NORMS)}")
     whitening = dict(whitening or {})
     _check_settings(norm, whitening)
-    if norm == "nd":
-        return convert(model, WhiteningConfig(**whitening))
-    if norm in ("nd-paper", "nd-authors"):
-        return _published(model, whitening, name or "", exceptions=norm == "nd-authors")
-    return copy.deepcopy(model) if norm == "bn" else _replaced(model, _REPLACEMENTS[norm])
+    return NORMS[norm].make(model, whitening, name or "")
 
 
 def _check_settings(norm: str, whitening: Mapping[str, Any]) -> None:
@@ -116,9 +129,60 @@ def _group_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(math.gcd(channels, _GROUPS), channels)
 
 
-_REPLACEMENTS: dict[str, Callable[[int], nn.Module]] = {
-    "gn": _group_norm,
-    "ln": lambda channels: nn.GroupNorm(1, channels),
-    "in": lambda channels: nn.GroupNorm(channels, channels),
-    "none": lambda channels: nn.Identity(),
+def _each(replacement: Callable[[int], nn.Module]) -> Callable[[nn.Module, dict[str, Any], str], nn.Module]:
+    """Another layer in the place of every batch norm, made from its number of channels."""
+    return lambda model, whitening, name: _replaced(model, replacement)
+
+
+# Okabe and Ito's colours, and a few more, stay apart for colour-blind readers; marker and dash tell them apart in grey.
+NORMS = {
+    "bn": Norm(
+        text="batch normalisation, the network as it is",
+        label="BatchNorm",
+        line=("#0072B2", "o"),
+        make=lambda model, whitening, name: copy.deepcopy(model),
+    ),
+    "nd": Norm(
+        text="network deconvolution with this library's defaults",
+        label="ND",
+        title="network deconvolution",
+        line=("#D55E00", "s"),
+        make=lambda model, whitening, name: convert(model, WhiteningConfig(**whitening)),
+    ),
+    "nd-paper": Norm(
+        text="network deconvolution, the published procedure to the letter",
+        label="ND, published procedure",
+        line=("#CC79A7", "v", ":"),
+        make=partial(_published, exceptions=False),
+    ),
+    "nd-authors": Norm(
+        text="the same, with the exceptions of the authors' networks",
+        label="ND, authors' networks",
+        line=("#7F7F7F", "x", ":"),
+        make=partial(_published, exceptions=True),
+    ),
+    "gn": Norm(
+        text="group normalisation, 32 groups",
+        label="GroupNorm",
+        line=("#009E73", "D", "--"),
+        make=_each(_group_norm),
+    ),
+    "ln": Norm(
+        text="layer normalisation over channels and positions",
+        label="LayerNorm",
+        line=("#E69F00", "P", "--"),
+        make=_each(lambda channels: nn.GroupNorm(1, channels)),
+    ),
+    "in": Norm(
+        text="instance normalisation with scale and shift",
+        label="InstanceNorm",
+        line=("#8C510A", "<", "--"),
+        make=_each(lambda channels: nn.GroupNorm(channels, channels)),
+    ),
+    "none": Norm(
+        text="no normalisation",
+        label="no normalisation",
+        line=("#000000", "*"),
+        make=_each(lambda channels: nn.Identity()),
+    ),
 }

@@ -10,50 +10,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import netdeconv
-from netdeconv import WhiteningConfig
 from netdeconv.lab.benchmark.settings import MemorySettings, StepSettings
 from netdeconv.lab.devices import device_of
 from netdeconv.lab.networks import network
 from netdeconv.lab.norms import with_norm
 
-__all__ = ["CONTESTANTS", "Training", "kinds", "move_to_step", "network", "period_of", "steady_step"]
+__all__ = ["Training", "kinds", "move_to_step", "network", "period_of", "steady_step"]
 
-CONTESTANTS = {
-    "batchnorm": "BatchNorm",
-    "floor": "no normalisation",
-    "default": "default",
-    "paper": "published procedure",
-}
+KINDS = ("bn", "none", "nd", "nd-paper")
 
 # One batch of noise over and over would soon be learned, or diverge; a step of rate zero costs the same.
 _RATE, _MOMENTUM, _WEIGHT_DECAY = 0.0, 0.9, 5e-4
 
 
 def kinds(settings: MemorySettings) -> list[str]:
-    """Those of :data:`CONTESTANTS` that take part."""
-    return [kind for kind in CONTESTANTS if not (kind == "paper" and settings.no_paper)]
+    """The norms that take part, batch normalisation first."""
+    return [kind for kind in KINDS if not (kind == "nd-paper" and settings.no_paper)]
 
 
 def contestant(kind: str, settings: MemorySettings) -> nn.Module:
-    """The network of this kind, one of :data:`CONTESTANTS`; always the same for one seed."""
+    """The network with this norm; always the same for one seed."""
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         # "small" is made for its images; other networks take any.
         size = (settings.network, settings.width, settings.classes)
         base = network(*size, in_channels=3, image_size=settings.size)
-    if kind == "batchnorm":
-        return base
-    if kind == "floor":
-        return with_norm(base, "none")
-    return netdeconv.convert(base, WhiteningConfig.paper() if kind == "paper" else None)
+    return with_norm(base, kind, name=settings.network)
 
 
 class Training:
     """One contestant with optimizer and data, ready to be stepped.
 
     Args:
-        kind: one of :data:`CONTESTANTS`.
+        kind: a norm.
         settings: what to run.
 
     Attributes:

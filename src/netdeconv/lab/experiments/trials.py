@@ -22,7 +22,6 @@ from netdeconv.lab.tasks import Classification
 
 __all__ = [
     "CODE",
-    "NAMES",
     "Trial",
     "accuracies",
     "accuracy_cell",
@@ -33,15 +32,6 @@ __all__ = [
     "run_trials",
     "trials_with_seeds",
 ]
-
-# Of the norms, in tables.
-NAMES = {
-    "none": "no normalisation",
-    "bn": "BatchNorm",
-    "nd": "ND",
-    "nd-paper": "ND, published procedure",
-    "nd-authors": "ND, authors' networks",
-}
 
 # What a trial's numbers depend on, besides the library.
 CODE = ("lab/experiments/trials.py", "lab/run_record.py", "lab/running.py", "lab/schedules.py", "lab/tasks.py")
