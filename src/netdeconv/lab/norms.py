@@ -13,6 +13,13 @@ from torch import nn
 
 from netdeconv import ConfigError, WhiteningConfig, convert, zoo
 from netdeconv.lab.names import nearest
+from netdeconv.lab.rivals import (
+    SWBN,
+    DecorrelatedConv2d,
+    DecorrelatedLinear,
+    IterNorm,
+    StandardisedConv2d,
+)
 
 __all__ = ["NORMS", "Norm", "with_norm"]
 
@@ -116,17 +123,45 @@ def _of_network(table: Mapping[str, Value], name: str) -> Value | None:
 
 
 def _replaced(model: nn.Module, replacement: Callable[[int], nn.Module]) -> nn.Module:
+    return _swapped(model, lambda child: replacement(child.num_features) if isinstance(child, _BATCH_NORMS) else None)
+
+
+def _swapped(model: nn.Module, swap: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+    """A copy with other modules where ``swap`` gives one."""
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, _BATCH_NORMS):
-                setattr(module, name, replacement(child.num_features))
+            new = swap(child)
+            if new is not None:
+                setattr(module, name, new)
     return model
 
 
 def _group_norm(channels: int) -> nn.Module:
     """With as many groups as the channels and 32 have for a common divisor."""
     return nn.GroupNorm(math.gcd(channels, _GROUPS), channels)
+
+
+def _like(layer: nn.Module, kinds: Mapping[type, Callable[..., nn.Module]]) -> nn.Module | None:
+    """A layer of another kind with the same geometry, bias and weights; ``None`` where the kind is to stay."""
+    if type(layer) not in kinds:
+        return None
+    conv = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    names = conv if isinstance(layer, nn.Conv2d) else ("in_features", "out_features")
+    shape = {name: getattr(layer, name) for name in names}
+    weight: Any = layer.weight
+    new = kinds[type(layer)](**shape, bias=layer.bias is not None, device=weight.device, dtype=weight.dtype)
+    new.load_state_dict(layer.state_dict(), strict=False)  # what the new kind adds starts anew
+    return new.train(layer.training)
+
+
+def _decorrelated(model: nn.Module, whitening: dict[str, Any], name: str) -> nn.Module:
+    """Every convolution and linear layer decorrelates what it sees; batch norms stay, as the paper has them."""
+    return _swapped(model, lambda child: _like(child, {nn.Conv2d: DecorrelatedConv2d, nn.Linear: DecorrelatedLinear}))
+
+
+def _standardised(model: nn.Module, whitening: dict[str, Any], name: str) -> nn.Module:
+    return _swapped(_replaced(model, _group_norm), lambda child: _like(child, {nn.Conv2d: StandardisedConv2d}))
 
 
 def _each(replacement: Callable[[int], nn.Module]) -> Callable[[nn.Module, dict[str, Any], str], nn.Module]:
@@ -178,6 +213,30 @@ NORMS = {
         label="InstanceNorm",
         line=("#8C510A", "<", "--"),
         make=_each(lambda channels: nn.GroupNorm(channels, channels)),
+    ),
+    "iternorm": Norm(
+        text="iterative normalisation: groups of 64 channels whitened behind the convolution",
+        label="IterNorm",
+        line=("#56B4E9", "^", "--"),
+        make=_each(IterNorm),
+    ),
+    "dbp": Norm(
+        text="decorrelated backpropagation: a learned matrix in front of every layer; batch norms stay",
+        label="BatchNorm and DBP",
+        line=("#6A3D9A", ">", "-."),
+        make=_decorrelated,
+    ),
+    "swbn": Norm(
+        text="stochastic whitening batch normalisation: channels whitened by a learned matrix",
+        label="SWBN",
+        line=("#808000", "X", "-."),
+        make=_each(SWBN),
+    ),
+    "gn+ws": Norm(
+        text="group normalisation, and convolutions with standardised weights",
+        label="GroupNorm, standardised weights",
+        line=("#01665E", "d", "-."),
+        make=_standardised,
     ),
     "none": Norm(
         text="no normalisation",
