@@ -14,8 +14,12 @@ pytest.importorskip("torchvision")
 
 from netdeconv.lab.networks import network, network_names
 from netdeconv.lab.norms import NORMS, with_norm
+from netdeconv.lab.rivals import SWBN, DecorrelatedConv2d, DecorrelatedLinear, IterNorm, StandardisedConv2d
 
-NORM_LAYERS = (nn.BatchNorm2d, nn.GroupNorm, nn.Identity, WhitenedConv2d, WhitenedLinear)
+NORM_LAYERS = (
+    nn.BatchNorm2d, nn.GroupNorm, nn.Identity, WhitenedConv2d, WhitenedLinear,
+    IterNorm, SWBN, DecorrelatedConv2d, DecorrelatedLinear, StandardisedConv2d,
+)  # fmt: skip
 
 
 def kinds(model: nn.Module) -> collections.Counter[type]:
@@ -37,6 +41,10 @@ def resnet() -> nn.Module:
         ("gn", {nn.GroupNorm: 20}),
         ("ln", {nn.GroupNorm: 20}),
         ("in", {nn.GroupNorm: 20}),
+        ("iternorm", {IterNorm: 20}),
+        ("dbp", {nn.BatchNorm2d: 20, DecorrelatedConv2d: 20, DecorrelatedLinear: 1}),
+        ("swbn", {SWBN: 20}),
+        ("gn+ws", {nn.GroupNorm: 20, StandardisedConv2d: 20}),
         ("none", {nn.Identity: 20}),
     ],
 )
@@ -54,7 +62,8 @@ def test_a_norm_takes_the_place_of_every_batch_norm(resnet: nn.Module, norm: str
 
 
 def test_every_norm_is_tried_above() -> None:
-    assert set(NORMS) == {"bn", "nd", "nd-paper", "nd-authors", "gn", "ln", "in", "none"}
+    of = {"bn", "nd", "nd-paper", "nd-authors", "gn", "ln", "in", "iternorm", "dbp", "swbn", "gn+ws", "none"}
+    assert set(NORMS) == of
 
 
 def test_no_two_norms_look_alike() -> None:

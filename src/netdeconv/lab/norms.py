@@ -123,7 +123,14 @@ def _of_network(table: Mapping[str, Value], name: str) -> Value | None:
 
 
 def _replaced(model: nn.Module, replacement: Callable[[int], nn.Module]) -> nn.Module:
-    return _swapped(model, lambda child: replacement(child.num_features) if isinstance(child, _BATCH_NORMS) else None)
+    def swap(child: nn.Module) -> nn.Module | None:
+        if not isinstance(child, _BATCH_NORMS):
+            return None
+        new = replacement(child.num_features).train(child.training)
+        like = child.running_mean if child.weight is None else child.weight
+        return new if like is None else new.to(like)
+
+    return _swapped(model, swap)
 
 
 def _swapped(model: nn.Module, swap: Callable[[nn.Module], nn.Module | None]) -> nn.Module:

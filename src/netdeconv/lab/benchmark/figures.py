@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
+from netdeconv.lab.methods import Method
 from netdeconv.lab.norms import NORMS
 from netdeconv.lab.plots import LINES, tidy
 
@@ -21,7 +22,8 @@ def step_figure(result: Mapping[str, Any], title: str) -> Figure:
     """Bars of time, relative to BatchNorm, with 95 % intervals; and of memory where it was measured."""
     parts = [("Training step", "training"), ("Evaluation", "evaluation")]
     memory = result.get("memory")
-    figure = Figure(figsize=(4.2 * (2 + bool(memory)), 3.6), dpi=_DPI, layout="constrained")
+    width = 2.2 + 0.5 * len(result["training"]["contestants"])
+    figure = Figure(figsize=(width * (2 + bool(memory)), 3.6), dpi=_DPI, layout="constrained")
     panels = figure.subplots(1, 2 + bool(memory), squeeze=False)[0]
     for axes, (name, part) in zip(panels, parts, strict=False):
         ratios = result[part]["ratios"]
@@ -54,8 +56,8 @@ def _memory_bars(axes: Axes, memory: Mapping[str, Any], what: str, title: str) -
 
 
 def _bars(axes: Axes, kinds: Sequence[str], values: Sequence[float], reach: Any = None) -> None:
-    names = [NORMS[kind].label.replace(" ", "\n") for kind in kinds]
-    bars = axes.bar(names, values, color=[NORMS[kind].style["color"] for kind in kinds], yerr=reach, capsize=3)
+    names = [Method.named(kind).label.replace(" ", "\n") for kind in kinds]
+    bars = axes.bar(names, values, color=[Method.named(kind).style["color"] for kind in kinds], yerr=reach, capsize=3)
     axes.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=2, fontsize=9,
                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5}, zorder=3)  # fmt: skip
     axes.margins(y=0.12)

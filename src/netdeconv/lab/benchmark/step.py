@@ -14,7 +14,7 @@ from netdeconv.lab.benchmark.record import Follower
 from netdeconv.lab.benchmark.settings import MemorySettings, StepSettings
 from netdeconv.lab.benchmark.timing import Contestant, Race, race, steady_plan
 from netdeconv.lab.devices import device_of
-from netdeconv.lab.norms import NORMS
+from netdeconv.lab.methods import Method
 from netdeconv.lab.report import Table
 
 __all__ = ["headline", "memory_tables", "run", "run_memory", "tables"]
@@ -128,8 +128,8 @@ def tables(result: Mapping[str, Any]) -> dict[str, Table]:
         rows = []
         for kind, times in part["contestants"].items():
             split = [_ms(times[key]["median"]) if key in times else "" for key in ("ordinary", "refresh")]
-            rows.append((NORMS[kind].label, _ms(times["step"]), *split, *_against(part, kind)))
-        broken = [NORMS[kind].label for kind, finite in result.get("losses_finite", {}).items() if not finite]
+            rows.append((Method.named(kind).label, _ms(times["step"]), *split, *_against(part, kind)))
+        broken = [Method.named(kind).label for kind, finite in result.get("losses_finite", {}).items() if not finite]
         warning = f" (loss not finite, do not trust: {', '.join(broken)})" if broken else ""
         if "nd-paper/nd" in part["ratios"]:
             rows.append(("published / ND", "", "", "", *_ratio(part["ratios"]["nd-paper/nd"])))
@@ -139,7 +139,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, Table]:
     if "evaluation" in result:
         part = result["evaluation"]
         rows = [
-            (NORMS[kind].label, _ms(times["step"]), *_against(part, kind))
+            (Method.named(kind).label, _ms(times["step"]), *_against(part, kind))
             for kind, times in part["contestants"].items()
         ]
         found["Evaluation, ms"] = Table(("", "per batch", "/ BatchNorm", "95 % interval"), rows)
@@ -153,7 +153,7 @@ def memory_tables(result: Mapping[str, Any]) -> dict[str, Table]:
         return {}
     rows = [
         (
-            NORMS[kind].label,
+            Method.named(kind).label,
             f"{memory[kind]['peak'] / _MB:.1f}",
             f"{memory[kind]['peak_ratio']:.3f}",
             f"{memory[kind]['saved'] / _MB:.1f}",

@@ -40,7 +40,7 @@ class SWBN(nn.Module):
 
     running_mean: Tensor
     running_var: Tensor
-    whitening: Tensor
+    whitener: Tensor
 
     def __init__(
         self,
@@ -64,12 +64,12 @@ class SWBN(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features, **made))
         self.register_buffer("running_mean", torch.zeros(num_features, **made))
         self.register_buffer("running_var", torch.ones(num_features, **made))
-        self.register_buffer("whitening", torch.eye(num_features, **made))
+        self.register_buffer("whitener", torch.eye(num_features, **made))
 
     def forward(self, x: Tensor) -> Tensor:
         check_channels(self, x, self.num_features)
         rows = channels_first(x)
-        w = self.whitening.to(rows.dtype)
+        w = self.whitener.to(rows.dtype)
         with torch.autocast(x.device.type, enabled=False):
             if self.training:
                 var, mean = torch.var_mean(rows, 1, correction=0)
@@ -78,7 +78,7 @@ class SWBN(nn.Module):
                     self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
                     self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
                     w = self._stepped(w, s)
-                    self.whitening.copy_(w)  # w itself is kept for backward
+                    self.whitener.copy_(w)  # w itself is kept for backward
             else:
                 mean, var = self.running_mean.to(rows.dtype), self.running_var.to(rows.dtype)
                 s = (rows - mean[:, None]) * (var + self.eps).rsqrt()[:, None]
