@@ -46,18 +46,18 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[Any], *, lr: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self._parts: list[tuple[torch.optim.Optimizer, dict[str, Any]]] = []
+        self._parts: list[tuple[torch.optim.Optimizer, int]] = []  # and the number of its group
         self._matrices: list[tuple[nn.Parameter, nn.Parameter]] = []  # a weight, and the matrix in the same memory
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             weights = [p for p in group["params"] if p.dim() > 1 and p[0].numel() > 9]
             others = [p for p in group["params"] if all(p is not weight for weight in weights)]
             matrices = [nn.Parameter(_as_matrix(p.detach(), like=p)) for p in weights]
             self._matrices += zip(weights, matrices, strict=True)
             if matrices:
                 muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-                self._parts.append((muon, group))
+                self._parts.append((muon, number))
             if others:
-                self._parts.append((torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay), group))
+                self._parts.append((torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay), number))
 
     def state_dict(self) -> dict[str, Any]:
         """The groups, and what both optimisers keep."""
@@ -79,9 +79,9 @@ class MuonAndAdamW(torch.optim.Optimizer):
         for weight, matrix in self._matrices:
             matrix.data = _as_matrix(weight.detach(), like=weight)  # the weight may have been moved
             matrix.grad = None if weight.grad is None else _as_matrix(weight.grad, like=weight)
-        for part, group in self._parts:
+        for part, number in self._parts:
             for own in part.param_groups:
-                own["lr"] = group["lr"]
+                own["lr"] = self.param_groups[number]["lr"]
             part.step()
         return loss
 
