@@ -216,6 +216,24 @@ def test_half_precision_keeps_statistics_in_single(name: str) -> None:
     assert all(value.dtype == torch.float32 for value in layer.state_dict().values())
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_compiled_in_one_graph(name: str) -> None:
+    """Two training steps, state included; aot_eager traces everything, and compiles nothing."""
+    layer, x = LAYERS[name](dtype=torch.float64), correlated(8, 4, 5, 5)
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        expected, found = layer(x), compiled(x)
+        close(found, expected)
+        for output in (expected, found):
+            output.square().sum().backward()
+    for value, other in zip(layer.state_dict().values(), twin.state_dict().values(), strict=True):
+        close(other, value)
+    for parameter, other in zip(layer.parameters(), twin.parameters(), strict=True):
+        assert parameter.grad is not None and other.grad is not None
+        close(other.grad, parameter.grad, atol=1e-9)  # sums in another order
+
+
 @pytest.mark.parametrize("kind", [IterNorm, SWBN])
 def test_other_channels_are_refused(kind: type[nn.Module]) -> None:
     with pytest.raises(ValueError, match=r"expected x of shape \(N, 4\) or \(N, 4, \.\.\.\), got \(2, 3\)"):
