@@ -182,3 +182,16 @@ def test_networks_for_segmentation_download_nothing(monkeypatch: pytest.MonkeyPa
 def test_unknown_networks_are_refused(name: str, task: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         network(name, task=task)
+
+
+def test_the_transformer_is_whitened_in_every_layer() -> None:
+    net = network("vit", 0.25, 5, in_channels=1, image_size=8)
+    assert net(torch.randn(3, 1, 8, 8)).shape == (3, 5)
+    new = with_norm(net, "nd")
+    layers = [module for module in new.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    assert len(layers) == 1 + 6 * 4 + 1 and all(map(is_whitened, layers))
+    assert [type(m) for m in new.modules() if "Norm" in type(m).__name__] == [nn.LayerNorm] * 13
+    new(torch.randn(8, 1, 8, 8)).sum().backward()
+    assert all(parameter.grad is not None for parameter in new.parameters())
+    one = new.eval()(torch.ones(1, 1, 8, 8))
+    assert not torch.allclose(one, net.eval()(torch.ones(1, 1, 8, 8)))

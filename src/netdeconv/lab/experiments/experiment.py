@@ -26,7 +26,8 @@ SIZES = ("smoke", "small", "paper")
 
 # What the numbers of every training depend on; an experiment adds its own files.
 LIBRARY = (
-    "config.py", "functional", "nn", "surgery", "zoo", "lab/data", "lab/norms.py", "lab/rivals", "lab/networks.py"
+    "config.py", "functional", "nn", "surgery", "zoo", "lab/data", "lab/norms.py", "lab/rivals", "lab/networks.py",
+    "lab/vit.py",
 )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from netdeconv import ConfigError
 from netdeconv.lab.benchmark import step
 from netdeconv.lab.benchmark.record import Silent
 from netdeconv.lab.benchmark.settings import StepSettings
@@ -28,7 +27,7 @@ class RivalsSettings:
     """What is trained. There is no validation part: best means best on the test images, for all alike.
 
     Raises:
-        ConfigError: a value out of range, no such network, no such method, or no batch normalisation among them.
+        ConfigError: a value out of range, no such network, or no such method.
     """
 
     networks: tuple[str, ...] = option(
@@ -38,7 +37,7 @@ class RivalsSettings:
     dataset: str = option("cifar10", "data set", choices=("cifar10", "cifar100", "digits"))
     methods: tuple[str, ...] = option(
         ("bn", "nd", "iternorm", "dbp", "swbn", "gn+ws", "none", "bn/adamw", "bn/muon"),
-        "normalisations to compare; behind a slash the optimiser, if it is not SGD",
+        "normalisations, behind a slash the optimiser, if it is not SGD; the others get the seconds of the first",
     )
     rates: tuple[float, ...] = option((0.1, 0.03, 0.01), "learning rates of SGD")
     adaptive_rates: tuple[float, ...] = option((0.003, 0.01, 0.001), "learning rates of AdamW and Muon")
@@ -53,8 +52,8 @@ class RivalsSettings:
         check_fields(self)
         for network in self.networks:
             network_and_width(network)
-        if "bn" not in [str(Method.named(name)) for name in self.methods]:
-            raise ConfigError("expected bn among the methods, which the others' seconds are compared with")
+        for method in self.methods:
+            Method.named(method)
 
 
 def planned(settings: RivalsSettings) -> Iterator[Trial]:
@@ -84,7 +83,7 @@ def run(settings: RivalsSettings, workspace: Workspace) -> Mapping[str, Any]:
     """The times first, with nothing else going on; then every rate, more seeds of the best, and the same seconds."""
     first = list(planned(settings))
     methods = len(settings.networks) * len(settings.methods)
-    same_seconds = methods - len(settings.networks)  # batch normalisation's seconds are its own
+    same_seconds = methods - len(settings.networks)  # the first has its own seconds
     count = len(first) + (settings.seeds - 1) * methods + settings.seeds * same_seconds
     workspace.progress.expect(len(settings.networks) + count)
     times = {network: _times(settings, network, workspace) for network in settings.networks}
@@ -99,7 +98,7 @@ def run(settings: RivalsSettings, workspace: Workspace) -> Mapping[str, Any]:
         _in_same_seconds(dataclasses.replace(trial, seed=seed), steps, times)
         for seed in range(settings.seeds)
         for trial in best
-        if (trial.norm, trial.optimizer) != Method("bn")
+        if (trial.norm, trial.optimizer) != Method.named(settings.methods[0])
     ]
     marked = [{**entry, "same_seconds": True} for entry in run_trials(slower, workspace, before=runs)]
     return {"times": times, "runs": [*runs, *marked]}
@@ -113,7 +112,7 @@ def _best(first: list[Trial], runs: list[dict[str, Any]], network: str, method: 
 
 
 def _times(settings: RivalsSettings, network: str, workspace: Workspace) -> dict[str, Any]:
-    """Seconds of a training step of every method, taken in turn, and their ratio to batch normalisation's."""
+    """Seconds of a training step of every method, taken in turn, and their ratio to the first one's."""
     name, width = network_and_width(network)
     timed = StepSettings(
         network=name,
@@ -129,14 +128,22 @@ def _times(settings: RivalsSettings, network: str, workspace: Workspace) -> dict
         device=workspace.device,
     )
 
+    base = str(Method.named(settings.methods[0]))
+
     def compute() -> dict[str, Any]:
         result: dict[str, Any] = {}
         workspace.progress.start_run(f"times of {network}", 1)
         step.run(timed, Silent(), result)
         found = result["training"]
+        ratios = {kind.removesuffix("/bn"): one for kind, one in found["ratios"].items() if kind.endswith("/bn")}
+        ratios["bn"] = {"value": 1.0, "interval": [1.0, 1.0]}
+        over = ratios[base]["value"]
         return {
             "seconds": {kind: one["step"] for kind, one in found["contestants"].items()},
-            "ratios": {kind.removesuffix("/bn"): one for kind, one in found["ratios"].items() if kind.endswith("/bn")},
+            "ratios": {
+                kind: {"value": one["value"] / over, "interval": [end / over for end in one["interval"]]}
+                for kind, one in ratios.items()
+            },
         }
 
     return workspace.part(f"times-{network}", dataclasses.asdict(timed), compute)
@@ -151,7 +158,7 @@ def _steps(settings: RivalsSettings) -> int:
 
 
 def _in_same_seconds(trial: Trial, steps: int, times: Mapping[str, Any]) -> Trial:
-    """With as many epochs and steps as take batch normalisation's time; the rate falls to zero within them."""
+    """With as many epochs and steps as take the first method's time; the rate falls to zero within them."""
     key = next(network for network in times if network_and_width(network) == (trial.network, trial.width))
     ratio = times[key]["ratios"][str(Method(trial.norm, trial.optimizer))]["value"]
     total = max(1, round(trial.epochs * steps / ratio))

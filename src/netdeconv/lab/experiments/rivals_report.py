@@ -34,19 +34,21 @@ def present(result: Mapping[str, Any]) -> Presentation:
         found = _methods(runs, network)
         rows += [_row(network, method, mine, time) for method, mine in found.items()]
         for what, of in (("the same steps", _same_steps), ("the same seconds", _same_seconds)):
-            means = {m: statistics.fmean(accuracies(best)) for m, mine in found.items() if (best := of(m, mine))}
+            means = [(statistics.fmean(accuracies(best)), _label(network, method)) for method, mine in found.items()
+                     if (best := of(mine, time, method))]  # fmt: skip
             if means:
-                accuracy, label = max((mean, method.label) for method, mean in means.items())
+                accuracy, label = max(means)
                 ahead.append(f"{_title(network)}, after {what}: {label} is ahead with {accuracy:.1f} %.")
     first = runs[0]
-    columns = ["network", "method", "rate", "after the same steps", "step / BN's", "after BN's seconds", "all rates"]
+    base = _label(_network(first), Method(first["norm"], first["optimizer"]))
+    columns = ["network", "method", "rate", "same steps", "time of a step", "same seconds", "all rates"]
     epochs = "1 epoch" if first["epochs"] == 1 else f"{first['epochs']} epochs"
     note = (
         f"Test accuracy after {epochs}, mean and standard deviation over seeds. Batch {first['batch_size']}, cosine "
         f"per step; SGD has momentum 0.9 and weight decay {first['weight_decay']:g}. Rate: the best on the test images "
-        "with one seed, for all alike. BN's seconds: trained anew at that rate, in as many steps as take the time of "
-        "batch normalisation's; the ratio of steps, with a 95 % interval, is of steps that took turns in one process. "
-        "Width is the factor on the channels."
+        "with one seed, for all alike. Time of a step: over that of "
+        f"{base}, with a 95 % interval, of steps that took turns in one process. Same seconds: trained anew at that "
+        f"rate, in as many steps as take the time of {base}. Width is the factor on the channels."
     )
     table = Table(columns, rows, title="Rivals", note=note)
     caption = "Test accuracy by the seconds of training steps, each method at its best rate, mean of the seeds."
@@ -66,25 +68,32 @@ def _network(run: Mapping[str, Any]) -> str:
     return run["network"] if run["width"] == 1 else f"{run['network']}@{run['width']:g}"
 
 
-def _same_steps(method: Method, mine: Runs) -> Runs:
+def _same_steps(mine: Runs, *_: object) -> Runs:
     """The runs at the best rate."""
     whole = [run for run in mine if not run.get("same_seconds")]
     return by_rate(whole)[best_rate(whole)]
 
 
-def _same_seconds(method: Method, mine: Runs) -> Runs:
-    """The runs that had batch normalisation's time; its own are all its runs at the best rate."""
-    return _same_steps(method, mine) if method == Method("bn") else [run for run in mine if run.get("same_seconds")]
+def _same_seconds(mine: Runs, time: Mapping[str, Any], method: Method) -> Runs:
+    """The runs that had the first method's time; those of the first one itself are its runs at the best rate."""
+    anew = [run for run in mine if run.get("same_seconds")]
+    return anew if anew or time["ratios"][str(method)]["value"] != 1 else _same_steps(mine)
 
 
 def _row(network: str, method: Method, mine: Runs, time: Mapping[str, Any]) -> list[str]:
-    best = _same_steps(method, mine)
+    best = _same_steps(mine)
     tried = by_rate(run for run in mine if not run.get("same_seconds"))
     rates = ", ".join(f"{accuracies(same)[0]:.1f} ({rate:g})" for rate, same in sorted(tried.items(), reverse=True))
-    ratio = time["ratios"].get(str(method))
-    step = "1" if ratio is None else "{:.2f} ({:.2f} to {:.2f})".format(ratio["value"], *ratio["interval"])
-    cells = [f"{best[0]['rate']:g}", accuracy_cell(best), step, accuracy_cell(_same_seconds(method, mine)), rates]
-    return [_title(network), method.label, *cells]
+    ratio = time["ratios"][str(method)]
+    step = "1" if ratio["value"] == 1 else "{:.2f} ({:.2f} to {:.2f})".format(ratio["value"], *ratio["interval"])
+    seconds = accuracy_cell(_same_seconds(mine, time, method))
+    label = _label(network, method)
+    return [_title(network), label, f"{best[0]['rate']:g}", accuracy_cell(best), step, seconds, rates]
+
+
+def _label(network: str, method: Method) -> str:
+    """The transformer has layer norms, which stay."""
+    return method.label.replace("BatchNorm", "LayerNorm") if network.startswith("vit") else method.label
 
 
 def _title(network: str) -> str:
@@ -99,12 +108,12 @@ def _draw(figure: Figure, runs: Runs, times: Mapping[str, Any]) -> None:
     panels = figure.subplots(1, len(times), squeeze=False)[0]
     for axes, (network, time) in zip(panels, times.items(), strict=True):
         for method, mine in _methods(runs, network).items():
-            best = _same_steps(method, mine)
+            best = _same_steps(mine)
             curves = zip(*(run["curves"]["test/accuracy"] for run in best), strict=True)
             means = [100 * statistics.fmean(value or 0.0 for value in at) for at in curves]
             epoch = time["seconds"][str(method)] * best[0]["steps"] / best[0]["epochs"]
             at = [number * epoch for number in range(1, len(means) + 1)]
-            axes.plot(at, means, label=method.label, markersize=4, linewidth=1.3, **method.style)
+            axes.plot(at, means, label=_label(network, method), markersize=4, linewidth=1.3, **method.style)
         axes.set(title=_title(network), xlabel="seconds of training steps")
         axes.set_xlim(left=0)
         axes.title.set_fontsize(9)
