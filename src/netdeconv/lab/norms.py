@@ -27,8 +27,8 @@ Value = TypeVar("Value")
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _GROUPS = 32  # of Wu and He, Group Normalization, ECCV 2018
-# Of the matrices that are learned a little at every step: the best of 1e-5 to 1e-2 after 120 steps of VGG-11 at an eighth
-# of its width on CIFAR-10. The papers' lengths, down to 1e-5, are for many epochs, and do next to nothing in a few.
+# Of the matrices that are learned a little at every step: the best of 1e-5 to 1e-2 after 120 steps of VGG-11 at an
+# eighth of its width on CIFAR-10. The papers' lengths, down to 1e-5, are for many epochs, and do little in a few.
 _DBP_STEP, _SWBN_STEP = 3e-3, 1e-2
 _LINEAR_BLOCK_OF_IMAGENET = 64  # of the paper's command line there; for 32x32 images 512
 
