@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["SOLVERS", "chosen_solver", "inverse_sqrt", "solves_by_chebyshev"]
 
 SOLVERS = ("auto", "newton_schulz", "chebyshev", "quintic", "eigh")
+"""Ways to compute the inverse square root, see :func:`inverse_sqrt`."""
 
 # Above this many steps rounding in the products is amplified by more than 1.5**(2 * 8) = 657, which TF32's
 # 1e-3 does not bear.
