@@ -134,7 +134,7 @@ def _by_parts(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = (value.view_as(value) for value in ctx.saved_tensors[:2])
     bias = None if ctx.saved_tensors[2] is None else ctx.saved_tensors[2].view_as(ctx.saved_tensors[2])
     eps, num_iters, _ = ctx.rest
-    root, counts, mean = ctx.saved_tensors[6], *ctx.saved_tensors[8:10]
+    root, counts, mean = (ctx.saved_tensors[place] for place in (6, 8, 9))
     eye = _eye(len(root), x.dtype, x.device)
     centred = x - x.mean(0)
     part = centred.reshape(-1, len(root))
