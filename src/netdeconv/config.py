@@ -22,7 +22,7 @@ GROUPINGS = ("contiguous", "interleaved")
 SAMPLINGS = ("tiles", "spread", "corner")
 
 # What a setting is where it is None, by the kind of layer. The number of Newton-Schulz steps is how hard is whitened:
-# the fewer inputs a layer mixes, the less it takes.
+# the fewer inputs a layer mixes, the less it takes. See `_STEPS_OF_MANY` for layers of many channels.
 _LAYER = {"num_iters": 3, "scale": True, "update_every": 16, "differentiable": False, "average": "covariance"}
 KINDS: dict[str, dict[str, Any]] = {
     "dense": _LAYER,
@@ -33,9 +33,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "channels": {**_LAYER, "num_iters": 5},
 }
 
+# Kernels that mix channels and positions, of so many channels in a group or more, take a step more.
+_STEPS_OF_MANY, _MANY = 4, 64
+
 # Channels of a block. Folding takes 4 operations for every weight and feature of a block; in wide layers, which have
 # most of a network's weights, that is most of what whitening costs.
-_BLOCK, _BLOCK_OF_WIDE, _WIDE, _LINEAR_BLOCK, _PUBLISHED_BLOCK = 32, 16, 512, 512, 64
+_BLOCK, _BLOCK_OF_POINTS, _BLOCK_OF_WIDE, _WIDE, _LINEAR_BLOCK, _PUBLISHED_BLOCK = 64, 32, 16, 512, 512, 64
+_MIXING = ("dense", "grouped")
 
 
 def _known_settings_only(kind: type[_Settings]) -> type[_Settings]:
@@ -67,10 +71,10 @@ class WhiteningConfig:
     Args:
         block_size: channels whitened together. A layer with more channels is cut into blocks that share one inverse
             square root; when the block size does not divide the channels, the last block is smaller and has its own.
-            ``None`` is 512 in linear layers, 32 in convolutions, and 16 in convolutions with 512 channels or more in
-            a group that are neither 1x1 nor depthwise. It is less where kernels are so large that a block would have
-            more than 1024 features (channels times taps), or the inverse square roots of all groups more than 2**24
-            entries, 64 MiB. With ``grouping="interleaved"`` it is 64 in convolutions, as in the paper. Where the taps
+            ``None`` is 512 in linear layers, 32 in 1x1 and depthwise convolutions, 64 in others, and 16 in those whose
+            groups have 512 channels or more. It is less where kernels are so large that a block would have more than
+            1024 features (channels times taps), or the inverse square roots of all groups more than 2**24 entries, 64
+            MiB. With ``grouping="interleaved"`` it is 64 in convolutions, as in the paper. Where the taps
             of one channel exceed these limits, contiguous blocks are pieces of a channel, whole rows of the kernel.
         grouping: ``"contiguous"`` blocks of neighbouring channels, each centred by its own mean; or
             ``"interleaved"``, as in the paper, which assigns the flattened (channel, tap) index to the blocks
@@ -79,8 +83,9 @@ class WhiteningConfig:
         eps: added to the diagonal of the covariance, in squared units of the layer's input, or of its standard
             deviation with ``scale``, where it is also the smallest variance that a channel is divided by.
         num_iters: Newton-Schulz steps: the strength of the whitening. ``None`` is 3, but 1 in 1x1 and in depthwise
-            convolutions and 5 in :class:`netdeconv.ChannelWhitening`. 5, the paper's number, caps the gain at
-            1.5**5 = 7.6 and does not whiten fully; 15 comes close. The solver ``"eigh"`` is exact and ignores it.
+            convolutions, 4 in others whose groups have 64 channels or more, and 5 in
+            :class:`netdeconv.ChannelWhitening`. 5, the paper's number, caps the gain at 1.5**5 = 7.6 and does not
+            whiten fully; 15 comes close. The solver ``"eigh"`` is exact and ignores it.
         solver: how the inverse square root is computed, see :func:`netdeconv.functional.inverse_sqrt`.
         momentum: weight of a training step in the running statistics, as in batch normalisation, and of a refresh in
             an averaged covariance. An averaged inverse square root counts as ``(k + 1) / 2`` steps if it is k steps
@@ -220,6 +225,8 @@ class WhiteningConfig:
             groups: convolution groups.
         """
         by_kind = {**KINDS[kind], "block_size": self._block_size(kind, channels, taps, groups)}
+        if kind in _MIXING and channels >= _MANY:
+            by_kind["num_iters"] = _STEPS_OF_MANY
         if self.differentiable:
             by_kind["average"] = "root"
         if self.average == "covariance":
@@ -233,7 +240,7 @@ class WhiteningConfig:
             return _LINEAR_BLOCK
         if self.grouping == "interleaved":
             return _PUBLISHED_BLOCK
-        wanted = _BLOCK_OF_WIDE if kind in ("dense", "grouped") and channels >= _WIDE else _BLOCK
+        wanted = _BLOCK_OF_POINTS if kind not in _MIXING else _BLOCK_OF_WIDE if channels >= _WIDE else _BLOCK
         fitting = neighbours_together(channels, wanted, taps, groups)
         return wanted if fitting == min(wanted, channels) else fitting
 
