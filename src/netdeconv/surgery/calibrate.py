@@ -11,9 +11,9 @@ from torch import nn
 
 from netdeconv.errors import ConfigError, NumericalError, StatisticsError, StatisticsWarning
 from netdeconv.nn import ChannelWhitening, Whitening
+from netdeconv.nn.gathering import Gatherer
 from netdeconv.nn.layer import WhitenedLayer
 from netdeconv.surgery.batches import batches, evaluating, run_batch, training_branches
-from netdeconv.surgery.statistics import Gatherer, remember, varies
 
 __all__ = ["calibrate"]
 
@@ -102,7 +102,7 @@ def _remember_all(gathered: dict[nn.Module, Gatherer]) -> dict[nn.Module, Whiten
     """Make what was gathered the remembered statistics; returns the layers for which there is nothing."""
     for gatherer in gathered.values():
         if gatherer.total:
-            remember(gatherer.whitening, gatherer.moments(), gatherer.batches)
+            gatherer.settle()
     return {layer: gatherer.whitening for layer, gatherer in gathered.items() if not gatherer.total}
 
 
@@ -119,10 +119,10 @@ def _gather(
         gatherer = of_whitening[whitening]  # type: ignore[index]
         moments = gatherer.add(x)
         if own and moments is not None:
-            if len(x) == 1 or not varies(moments):  # by its own mean, one image is pooled to a constant
+            if len(x) == 1 or not moments.varies:  # by its own mean, one image is pooled to a constant
                 moments = gatherer.moments()
-            if varies(moments):
-                remember(gatherer.whitening, moments, 1)
+            if moments.varies:
+                gatherer.settle(moments)
 
     # A layer's forward calls its whitening, also where the forward is called as a function; a compiled one does not.
     handles = [whitening.register_forward_pre_hook(gather) for whitening in of_whitening]

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from netdeconv.errors import NumericalError
-from netdeconv.functional import Blocks
+from netdeconv.functional import Blocks, Window
 from netdeconv.functional.precision import exact
 from netdeconv.nn import Whitening
+from netdeconv.nn.gathering import Gatherer
 from netdeconv.surgery.batches import batches, evaluating, fork_rng, max_relative_error, run_batch, training_branches
 from netdeconv.surgery.layers import ChannelAffine, become, parameter_like, scale_and_shift
 from netdeconv.surgery.plan import Action, ConversionPlan, Entry
 from netdeconv.surgery.recognise import BatchNorm, is_layer, is_like_batch_norm
-from netdeconv.surgery.statistics import Gatherer, input_rows, remember
 from netdeconv.surgery.watch import Record, Watcher
 
 __all__ = ["preserved", "record_of", "unfold"]
@@ -208,7 +208,7 @@ def _replace_norm(
 
 def _replace_layer(layer: Any, twin: Any, gatherer: Gatherer, target: Any) -> tuple[Action, str]:
     """Make a layer its twin, with the remembered statistics, and weights that undo them."""
-    remember(twin.whitening, gatherer.moments(), gatherer.batches)
+    gatherer.settle()
     weight, bias = unfold(target[0], target[1], twin.whitening)
     twin.weight = parameter_like(layer.weight, weight)
     twin.bias = nn.Parameter(bias.to(layer.weight), requires_grad=_flag(layer))
@@ -257,3 +257,10 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _flag(layer: Any) -> bool:
     return bool(layer.weight.requires_grad if layer.bias is None else layer.bias.requires_grad)
+
+
+def input_rows(x: Tensor, window: Window) -> Tensor:
+    """A layer's input as ``(N, C, *spatial)``: with a batch dimension, or for a linear layer as rows."""
+    if not window.kernel_size:
+        return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == len(window.kernel_size) + 2 else x.unsqueeze(0)
