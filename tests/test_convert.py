@@ -16,7 +16,7 @@ import netdeconv
 from netdeconv import ConfigError, WhitenedConv1d, WhitenedConv2d, WhitenedConv3d, WhitenedLinear, WhiteningConfig
 from netdeconv.nn import Whitening
 from netdeconv.surgery import Action
-from netdeconv.surgery.recognise import Clone
+from netdeconv.surgery.norms import Clone
 from netdeconv.zoo import create
 from small_networks import BLOCKS, batch_norms, random_network
 

@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn import functional as F
 
 import netdeconv
-from netdeconv.surgery.recognise import Clone
+from netdeconv.surgery.norms import Clone
 from small_networks import batch_norms
 
 X, WRONG = torch.randn(8, 3, 6, 6), torch.randn(8, 4, 6, 6)

@@ -15,8 +15,8 @@ from netdeconv import ConfigError, NumericalError, WhitenedConv2d, WhitenedLinea
 from netdeconv.functional import fold
 from netdeconv.surgery import ChannelAffine
 from netdeconv.surgery.batches import max_relative_error
+from netdeconv.surgery.norms import Clone
 from netdeconv.surgery.preserve import unfold
-from netdeconv.surgery.recognise import Clone
 from netdeconv.zoo import create
 from small_networks import (
     BLOCKS,

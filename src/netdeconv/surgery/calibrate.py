@@ -14,6 +14,7 @@ from netdeconv.nn import ChannelWhitening, Whitening
 from netdeconv.nn.gathering import Gatherer
 from netdeconv.nn.layer import WhitenedLayer
 from netdeconv.surgery.batches import batches, evaluating, run_batch, training_branches
+from netdeconv.surgery.plan import shown
 
 __all__ = ["calibrate"]
 
@@ -77,10 +78,9 @@ def _one_pass(model: nn.Module, layers: dict[nn.Module, Whitening], data: Any, c
         missed = _reach_in_training(model, missed, data, call, own)
     if missed:
         labels = [whitening.label for whitening in missed.values()]
-        shown = ", ".join(labels[:5]) + (f", and {len(labels) - 5} more" if len(labels) > 5 else "")
         raise StatisticsError(
-            f"calibrate: expected data that reach every whitening, got none at {shown}. If the model never runs these "
-            "layers, exclude= them when converting."
+            f"calibrate: expected data that reach every whitening, got none at {shown(labels)}. If the model never "
+            "runs these layers, exclude= them when converting."
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
@@ -12,14 +12,14 @@ from torch import nn
 from netdeconv.errors import ConfigError
 from netdeconv.surgery.first_run import FirstRun, Removed
 from netdeconv.surgery.layers import Setting, become, copied
-from netdeconv.surgery.plan import Action, ConversionPlan, Selection
+from netdeconv.surgery.plan import Action, ConversionPlan, shown
 from netdeconv.surgery.preserve import preserved, record_of
-from netdeconv.surgery.recognise import Rule
+from netdeconv.surgery.rules import Rule
+from netdeconv.surgery.selection import Patterns, Selection
 from netdeconv.surgery.survey import check_model, survey
 
 if TYPE_CHECKING:
-    from netdeconv.surgery.plan import Pattern
-    from netdeconv.surgery.watch import Record
+    from netdeconv.surgery.record import Record
 
 __all__ = ["convert", "plan_conversion"]
 
@@ -30,8 +30,8 @@ def convert(
     model: Model,
     whitening: Setting = None,
     *,
-    include: Pattern | Iterable[Pattern] | None = None,
-    exclude: Pattern | Iterable[Pattern] | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
     rules: Mapping[type, Rule] | None = None,
     example: Any = None,
     preserve: Any = None,
@@ -90,8 +90,8 @@ def plan_conversion(
     model: nn.Module,
     whitening: Setting = None,
     *,
-    include: Pattern | Iterable[Pattern] | None = None,
-    exclude: Pattern | Iterable[Pattern] | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
     rules: Mapping[type, Rule] | None = None,
     example: Any = None,
     preserve: Any = None,
@@ -149,8 +149,8 @@ def plan_conversion(
 def converted(
     model: Model,
     whitening: Setting,
-    include: Pattern | Iterable[Pattern] | None,
-    exclude: Pattern | Iterable[Pattern] | None,
+    include: Patterns,
+    exclude: Patterns,
     rules: Mapping[type, Rule] | None,
     example: Any,
     preserve: Any,
@@ -247,9 +247,9 @@ def _warn_of_leftovers(plan: ConversionPlan) -> None:
     norms = [entry for entry in plan.where(Action.LEAVE) if entry.norm and not entry.asked]
     left = [f"{entry.path or 'the model'} ({entry.why})" for entry in norms]
     if left:
-        shown = ", ".join(left[:5]) + (f", and {len(left) - 5} more" if len(left) > 5 else "")
         warnings.warn(
-            f"convert: {len(left)} batch norms are left: {shown}. Pass rules= for them, or exclude= to leave them.",
+            f"convert: {len(left)} batch norms are left: {shown(left)}. Pass rules= for them, or exclude= to leave "
+            "them.",
             UserWarning,
             stacklevel=5,
         )

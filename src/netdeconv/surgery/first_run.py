@@ -17,11 +17,11 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 from netdeconv.nn import Whitening
 from netdeconv.nn.layer import WhitenedLayer
 from netdeconv.surgery.frames import call_of, has_ended, in_functional_call
-from netdeconv.surgery.layers import become, plain_again
-from netdeconv.surgery.plan import Entry
-from netdeconv.surgery.recognise import Clone, is_like_batch_norm, is_whitened
-from netdeconv.surgery.survey import fate_of_norm
-from netdeconv.surgery.watch import Record, Watcher
+from netdeconv.surgery.layers import become, is_whitened, plain_again
+from netdeconv.surgery.norms import Clone, is_like_batch_norm
+from netdeconv.surgery.plan import Entry, shown
+from netdeconv.surgery.record import Record
+from netdeconv.surgery.watch import Watcher
 
 __all__ = ["FirstRun", "Removed"]
 
@@ -145,7 +145,7 @@ class FirstRun:
             self._forget_broken_off()
             if thread in self._inside or not _is_hooked(module):  # another thread may have finished just now
                 return
-            self._inside[thread] = running = _Running(module, call_of(sys._getframe(1)), sys.exc_info()[1])
+            self._inside[thread] = running = _Running(module, call_of(), sys.exc_info()[1])
             if self._watch is None and not self._seen and not _is_transformed(module):
                 spots = [removed.spot for removed in self.removed]
                 self._watch, self._watched = Watcher(module, spots), running
@@ -158,7 +158,7 @@ class FirstRun:
         thread = threading.get_ident()
         with self._lock:
             running = self._inside.get(thread)
-            if running is None or running.top is not module or running.call is not call_of(sys._getframe(1)):
+            if running is None or running.top is not module or running.call is not call_of():
                 return
             del self._inside[thread]
             if running is self._watched and self._watch is not None:
@@ -223,7 +223,7 @@ class FirstRun:
         for removed in self.removed:
             spot = removed.spot
             around = plain & (record.makers(spot) | record.readers.get(spot, set()))
-            fate = fate_of_norm(spot, record, is_whitened, name)
+            fate = record.why_kept(spot, is_whitened, name)
             if around and fate is not None and removed.place not in self.included:
                 removed.restore(min(around, key=name))
                 said.append(f"{removed.entry.path} is back ({fate[0]})")
@@ -232,7 +232,7 @@ class FirstRun:
         for norm, entry in self.waiting:
             if norm not in inside or norm not in record.sources or entry.build is None:
                 continue
-            fate = fate_of_norm(norm, record, is_whitened, name)
+            fate = record.why_kept(norm, is_whitened, name)
             if fate is None:
                 become(norm, entry.build(norm))
                 self.gone = True
@@ -250,10 +250,9 @@ class FirstRun:
                 module.inplace = True
         self.remove(top)
         if said:
-            shown = "; ".join(said[:5]) + (f"; and {len(said) - 5} more" if len(said) > 5 else "")
             warnings.warn(
-                f"convert: the first forward has shown what the module tree did not: {shown}. Convert with example=, a "
-                "batch, to know before; include= and exclude= decide otherwise.",
+                f"convert: the first forward has shown what the module tree did not: {shown(said, '; ')}. Convert "
+                "with example=, a batch, to know before; include= and exclude= decide otherwise.",
                 UserWarning,
                 stacklevel=6,  # the caller of the model
             )

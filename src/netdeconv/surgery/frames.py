@@ -17,12 +17,19 @@ __all__ = ["call_of", "has_ended", "in_forward_of", "in_functional_call", "place
 _INSIDE = (os.path.dirname(os.path.dirname(__file__)) + os.sep, os.path.dirname(torch.__file__) + os.sep)
 
 
-def call_of(frame: FrameType) -> FrameType:
-    """The frame of torch that calls a module, from the one that runs its hook: an inner function's, or it itself."""
-    above: FrameType | None = frame
-    while above is not None and above.f_code is not nn.Module._call_impl.__code__:
-        above = above.f_back
-    return frame if above is None else above
+def _frames() -> Iterator[Any]:
+    """From the caller's caller outwards."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def call_of() -> FrameType:
+    """The frame of torch that calls the module whose hook asks: an inner function's, or the hook's caller itself."""
+    _, *above = _frames()
+    calls = (frame for frame in above if frame.f_code is nn.Module._call_impl.__code__)
+    return next(calls, above[0])
 
 
 def has_ended(frame: FrameType) -> bool:
@@ -32,13 +39,6 @@ def has_ended(frame: FrameType) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _frames() -> Iterator[Any]:
-    frame: Any = sys._getframe(2)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
 
 
 def in_forward_of(owners: list[nn.Module]) -> bool:
@@ -59,9 +59,7 @@ def in_functional_call() -> bool:
 
 def place_of_use() -> str:
     """Where in the user's code, or another library's, the operation stands."""
-    frame = None
-    for frame in _frames():
-        if not os.path.abspath(frame.f_code.co_filename).startswith(_INSIDE):
-            break
-    assert frame is not None
+    *_, outermost = frames = list(_frames())
+    outside = (frame for frame in frames if not os.path.abspath(frame.f_code.co_filename).startswith(_INSIDE))
+    frame = next(outside, outermost)
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"

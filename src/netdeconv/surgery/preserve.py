@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import functools
+import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +17,13 @@ from netdeconv.functional.precision import exact
 from netdeconv.nn import Whitening
 from netdeconv.nn.gathering import Gatherer
 from netdeconv.surgery.batches import batches, evaluating, fork_rng, max_relative_error, run_batch, training_branches
-from netdeconv.surgery.layers import ChannelAffine, become, parameter_like, scale_and_shift
-from netdeconv.surgery.plan import Action, ConversionPlan, Entry
-from netdeconv.surgery.recognise import BatchNorm, is_layer, is_like_batch_norm
-from netdeconv.surgery.watch import Record, Watcher
+from netdeconv.surgery.layers import become, is_layer, parameter_like
+from netdeconv.surgery.norms import BatchNorm, ChannelAffine, is_like_batch_norm, scale_and_shift
+from netdeconv.surgery.plan import Action, ConversionPlan, Entry, shown
+from netdeconv.surgery.record import Record
+from netdeconv.surgery.watch import Watcher
+
+Call: TypeAlias = "Callable[[nn.Module, Any], Any] | None"
 
 __all__ = ["preserved", "record_of", "unfold"]
 
@@ -33,7 +35,7 @@ _COMPARED = 8  # batches that are kept with their outputs
 
 
 @torch.no_grad()
-def record_of(model: nn.Module, example: Any, call: Callable[[nn.Module, Any], Any] | None = None) -> Record:
+def record_of(model: nn.Module, example: Any, call: Call = None) -> Record:
     """What one batch shows of a model: run in evaluation mode, and where that leaves modules out, in training branches.
 
     Args:
@@ -44,10 +46,7 @@ def record_of(model: nn.Module, example: Any, call: Callable[[nn.Module, Any], A
 
 
 def observe(
-    model: nn.Module,
-    whitenings: Mapping[nn.Module, Whitening],
-    data: Any,
-    call: Callable[[nn.Module, Any], Any] | None = None,
+    model: nn.Module, whitenings: Mapping[nn.Module, Whitening], data: Any, call: Call
 ) -> tuple[Record, dict[nn.Module, Gatherer], list[tuple[Any, Any]]]:
     """Run the data in evaluation mode; what was seen, every layer's statistics, the first batches and what came out.
 
@@ -60,30 +59,32 @@ def observe(
         data, call: as in :func:`netdeconv.convert`.
     """
     watcher = Watcher(model)
-    gatherers = _gatherers(whitenings)
+    gatherers = {layer: Gatherer(whitening, every_position=False) for layer, whitening in whitenings.items()}
     seen: list[tuple[Any, Any]] = []
+
+    def run(batch: Any) -> Any:
+        with fork_rng(), watcher:
+            output = run_batch(model, batch, call)
+            watcher.returned(output)
+        return output
+
     with _gathering(gatherers):
         for batch in batches(data):
-            output = _run(model, batch, call, watcher)
+            output = run(batch)
             if len(seen) < _COMPARED:
                 seen.append((batch, output))
     parts = {module for module in model.modules() if is_layer(module) or is_like_batch_norm(module)}
-    if parts - set(watcher.record.calls):
-        missed = _gatherers({layer: whitenings[layer] for layer in gatherers if not gatherers[layer].total})
-        with training_branches(model), contextlib.suppress(Exception), _gathering(missed):
+    if parts <= set(watcher.record.calls):
+        return watcher.record, gatherers, seen
+    missed = {layer: Gatherer(gatherer.whitening, False) for layer, gatherer in gatherers.items() if not gatherer.total}
+    before = copy.deepcopy(watcher.record, {id(module): module for module in model.modules()})  # of the same modules
+    try:
+        with training_branches(model), _gathering(missed):
             for batch, _ in seen:
-                _run(model, batch, call, watcher)
-            gatherers |= missed
-    return watcher.record, gatherers, seen
-
-
-def _gatherers(whitenings: Mapping[nn.Module, Whitening]) -> dict[nn.Module, Gatherer]:
-    return {layer: Gatherer(whitening, every_position=False) for layer, whitening in whitenings.items()}
-
-
-def _run(model: nn.Module, batch: Any, call: Callable[[nn.Module, Any], Any] | None, watcher: Watcher) -> Any:
-    with fork_rng():
-        return watcher.run(functools.partial(run_batch, model, batch, call))
+                run(batch)
+    except Exception:
+        return before, gatherers, seen
+    return watcher.record, gatherers | missed, seen
 
 
 @contextlib.contextmanager
@@ -179,8 +180,7 @@ def _warn_of_plain(plan: ConversionPlan, done: dict[str, tuple[Action, str]]) ->
         f"{entry.path} ({done[entry.path][1]})" for entry in plan if done.get(entry.path, (None,))[0] is Action.LEAVE
     ]
     if left:
-        shown = ", ".join(left[:5]) + (f", and {len(left) - 5} more" if len(left) > 5 else "")
-        warnings.warn(f"convert: left as they were, to preserve the output: {shown}.", UserWarning, stacklevel=6)
+        warnings.warn(f"convert: left as they were, to preserve the output: {shown(left)}.", UserWarning, stacklevel=6)
 
 
 def _replace_norm(
@@ -199,10 +199,8 @@ def _replace_norm(
         become(norm, entry.build(norm))
         return Action.FOLD, f"into {paths[layer]}"
     like = norm.weight if getattr(norm, "weight", None) is not None else norm.running_mean
-    new: nn.Module = ChannelAffine(scale.to(like), shift.to(like)).requires_grad_(learns)
-    if entry.build.after:
-        new = nn.Sequential(collections.OrderedDict([("affine", new), *entry.build.after.items()]))
-    become(norm, new)
+    new = ChannelAffine(scale.to(like), shift.to(like)).requires_grad_(learns)
+    become(norm, entry.build.around(new, "affine"))
     return Action.AFFINE, "no layer feeds it alone"
 
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from netdeconv.surgery.recognise import LAYERS, is_layer, is_like_batch_norm, is_sequence
+from netdeconv.surgery.layers import is_layer, is_whitened
+from netdeconv.surgery.norms import is_like_batch_norm
 
 __all__ = ["Neighbours", "Structure", "is_pointwise"]
 
@@ -183,6 +184,11 @@ class Structure:
         return None
 
 
+def is_sequence(module: nn.Module) -> bool:
+    """Whether calling this calls its members in order, each with what the one before gives."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
 def _flat(sequence: nn.Module, inner: set[nn.Module]) -> Iterable[nn.Module]:
     for child in sequence.children():
         if is_sequence(child):
@@ -251,7 +257,7 @@ def _stays(following: list[nn.Module], at_the_end: bool) -> bool:
         if isinstance(module, _HANDING_ON):
             continue
         known = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
-        return known or isinstance(module, LAYERS)
+        return known or is_layer(module) or is_whitened(module)
     return at_the_end
 
 

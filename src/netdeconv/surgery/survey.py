@@ -11,22 +11,23 @@ import torch
 from torch import nn
 
 from netdeconv.errors import ConfigError
-from netdeconv.surgery.layers import Setting, setting_for, whitened_twin
-from netdeconv.surgery.plan import Action, ConversionPlan, Entry, Selection
-from netdeconv.surgery.recognise import (
-    Rule,
-    batch_norm,
+from netdeconv.surgery.layers import (
+    Setting,
     is_layer,
-    is_like_batch_norm,
     is_quantised,
     is_whitened,
-    rule_for,
+    setting_for,
+    whitened_twin,
     why_not_whiten,
 )
+from netdeconv.surgery.norms import batch_norm, is_like_batch_norm
+from netdeconv.surgery.plan import Action, ConversionPlan, Entry
+from netdeconv.surgery.record import Record
+from netdeconv.surgery.rules import Rule, rule_for
+from netdeconv.surgery.selection import Selection
 from netdeconv.surgery.structure import Structure, is_pointwise
-from netdeconv.surgery.watch import Record
 
-__all__ = ["check_model", "fate_of_norm", "survey"]
+__all__ = ["check_model", "survey"]
 
 _WRAPPERS = {"OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
 _POOLED = "behind a global pooling it sees one row per image"
@@ -165,7 +166,7 @@ class _Survey:
             return
         place = functools.partial(_name, self.entries)
         if self.record is not None and norm in self.record.sources:
-            fate = fate_of_norm(norm, self.record, self._is_whitened, place)
+            fate = self.record.why_kept(norm, self._is_whitened, place)
             if fate is not None:
                 self.entries[norm] = _left(entry, fate[0], self.entries.get(fate[1]) if fate[1] is not None else None)
             return
@@ -214,28 +215,6 @@ class _Survey:
         if gone and getattr(module, "inplace", None) is True and not entry.why.startswith("part"):
             return dataclasses.replace(entry, why=f"{entry.why}; no longer in place")
         return entry
-
-
-def fate_of_norm(
-    norm: nn.Module, record: Record, whitened: Callable[[nn.Module], bool], name: Callable[[nn.Module], str]
-) -> tuple[str, nn.Module | None] | None:
-    """Why a batch norm that ran has to stay, and the module that is the cause; ``None`` where whitening replaces it.
-
-    Whitening takes the place of the batch norm of a whitened layer; where a batch norm normalises an input of the
-    model, or a sum of which not all is whitened, also the place of one that is read by a whitened layer.
-    """
-    makers, readers = record.makers(norm), record.readers.get(norm, set())
-    plain = min((layer for layer in makers if not whitened(layer)), key=name, default=None)  # always the same one
-    if makers and plain is None:
-        return None
-    if plain is not None and (not record.joined(norm) or not any(map(whitened, makers))):
-        return f"it normalises the output of {name(plain)}", plain
-    if any(map(whitened, readers)):
-        return None
-    reader = min(readers, key=name, default=None)
-    if reader is not None:
-        return f"it normalises the input of {name(reader)}", reader
-    return "no whitened layer takes its place", None
 
 
 def _name(entries: Mapping[nn.Module, Entry], layer: nn.Module) -> str:
