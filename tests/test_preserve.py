@@ -292,7 +292,7 @@ def test_layers_that_the_data_never_reach_stay_plain(how: str) -> None:
 def test_a_batch_norm_without_statistics_stays() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)).eval()
     x = torch.randn(4, 3, 5, 5)
-    with pytest.warns(UserWarning, match="no remembered statistics"):
+    with pytest.warns(UserWarning, match="no running statistics"):
         converted = netdeconv.convert(model, preserve=x)
     assert type(converted[1]) is nn.BatchNorm2d
     assert max_relative_error(converted(x), model(x)) < PRESERVED_TOLERANCE

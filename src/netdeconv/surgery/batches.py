@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from netdeconv.errors import ConfigError
 from netdeconv.functional.precision import exact
-from netdeconv.surgery.layers import is_layer
+from netdeconv.surgery.layers import holds_modules, is_layer
 from netdeconv.surgery.norms import is_like_batch_norm
 
 __all__ = [
@@ -135,7 +135,7 @@ def training_branches(model: nn.Module) -> Iterator[None]:
     around = [
         module
         for module in model.modules()
-        if any(True for _ in module.children()) and not (module.training or _computes(module))
+        if holds_modules(module) and not (module.training or _computes(module))
     ]
     for module in around:
         module.training = True

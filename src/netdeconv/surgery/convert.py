@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from netdeconv.errors import ConfigError
-from netdeconv.surgery.first_run import FirstRun, Removed
+from netdeconv.surgery.first_run import FirstRun, InDoubt
 from netdeconv.surgery.layers import Setting, become, copied
 from netdeconv.surgery.plan import Action, ConversionPlan, shown
 from netdeconv.surgery.preserve import preserved, record_of
@@ -187,16 +187,15 @@ def converted(
         _work_in_place(in_place)
     concerned = plan.where(Action.WHITEN, Action.REMOVE, Action.WAIT)
     modules = [(entry, new.get_submodule(entry.path)) for entry in concerned]
-    removed: list[Removed] = []
+    in_doubt: list[InDoubt] = []
     for entry, module in modules:
+        if entry.norm:
+            in_doubt.append(InDoubt(module, entry, None if entry.action is Action.WAIT else copy.copy(module)))
         if entry.build is not None and entry.action is not Action.WAIT:
-            if entry.action is Action.REMOVE and example is None:
-                removed.append(Removed(module, copy.copy(module), entry))
             become(module, entry.build(module))
     if example is None:
-        waiting = [(module, entry) for entry, module in modules if entry.action is Action.WAIT]
         included = [module for entry, module in modules if selection.names(entry.path, module)]
-        FirstRun.install(new, waiting, included, removed, in_place)
+        FirstRun(in_doubt, included, in_place).install(new)
     return new, plan
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "Setting",
     "become",
     "copied",
+    "holds_modules",
     "is_layer",
     "is_quantised",
     "is_whitened",
@@ -98,6 +99,11 @@ def _changed_members(module: nn.Module, known: tuple[type, ...]) -> str:
             if name not in _BUILDING and (inspect.isfunction(value) or isinstance(value, property))
         }
     return ", ".join(sorted(names))
+
+
+def holds_modules(module: nn.Module) -> bool:
+    """Whether there are modules inside."""
+    return any(True for _ in module.children())
 
 
 def is_quantised(module: nn.Module) -> bool:

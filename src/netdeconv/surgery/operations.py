@@ -1,17 +1,24 @@
-"""What torch's operations do with the tensors that they are given, as far as whoever watches a model has to know."""
+"""What an operation of torch does with its tensors, and in which call: what whoever watches a model has to know."""
 
 from __future__ import annotations
 
 import math
+import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 __all__ = [
+    "frames",
+    "in_forward_of",
     "is_pooled",
     "looks_only",
     "memory_of",
     "multiplies_by_weight",
+    "place_of_use",
     "reads_numbers",
     "says_in_place",
     "version_of",
@@ -79,3 +86,34 @@ def memory_of(tensor: Tensor) -> Any:
         return tensor.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):
         return None
+
+
+# Frames in these folders are not where a user would look.
+_INSIDE = (os.path.dirname(os.path.dirname(__file__)) + os.sep, os.path.dirname(torch.__file__) + os.sep)
+
+
+def frames() -> Iterator[Any]:
+    """Those of this thread, from the caller's caller outwards."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def in_forward_of(owners: list[nn.Module]) -> bool:
+    """Whether a forward of one of these runs that was called directly, past the hooks."""
+    for frame in frames():
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount:
+            first = frame.f_locals.get(code.co_varnames[0])
+            if any(first is owner for owner in owners):
+                return True
+    return False
+
+
+def place_of_use() -> str:
+    """Where in the user's code, or another library's, the operation stands."""
+    *_, outermost = above = list(frames())
+    outside = (frame for frame in above if not os.path.abspath(frame.f_code.co_filename).startswith(_INSIDE))
+    frame = next(outside, outermost)
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"

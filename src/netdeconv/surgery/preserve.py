@@ -19,7 +19,7 @@ from netdeconv.nn.gathering import Gatherer
 from netdeconv.surgery.batches import batches, evaluating, fork_rng, max_relative_error, run_batch, training_branches
 from netdeconv.surgery.layers import become, is_layer, parameter_like
 from netdeconv.surgery.norms import BatchNorm, ChannelAffine, is_like_batch_norm, scale_and_shift
-from netdeconv.surgery.plan import Action, ConversionPlan, Entry, shown
+from netdeconv.surgery.plan import Action, ConversionPlan, shown
 from netdeconv.surgery.record import Record
 from netdeconv.surgery.watch import Watcher
 
@@ -110,7 +110,7 @@ def preserved(
     draft: ConversionPlan,
     decide: Callable[[Record], ConversionPlan],
     data: Any,
-    call: Callable[[nn.Module, Any], Any] | None = None,
+    call: Call = None,
 ) -> ConversionPlan:
     """Convert ``model``, in place, so that it evaluates as before; returns what was done in the end.
 
@@ -122,100 +122,90 @@ def preserved(
         NumericalError: it does not, beyond the rounding that the dtype of the weights explains.
     """
     sharing = _with_shared_parameters(model)
-    twins: dict[nn.Module, Any] = {}
-    for entry in draft.where(Action.WHITEN):
-        layer = model.get_submodule(entry.path)
-        if layer not in sharing and entry.build is not None:
-            twins[layer] = entry.build(layer)
+    drafted: dict[Any, Any] = {model.get_submodule(entry.path): entry.build for entry in draft.where(Action.WHITEN)}
+    twins = {layer: build(layer) for layer, build in drafted.items() if layer not in sharing}
     with evaluating(model):
-        record, gatherers, seen = observe(model, {layer: twins[layer].whitening for layer in twins}, data, call)
+        record, gatherers, seen = observe(model, {layer: twin.whitening for layer, twin in twins.items()}, data, call)
         plan = decide(record)
-        modules = {entry.path: model.get_submodule(entry.path) for entry in plan}
-        layers = {modules[entry.path]: entry.path for entry in plan.where(Action.WHITEN)}
-        plain = dict.fromkeys(sharing & set(layers), "it shares parameters with another module")
-        for layer in set(layers) - sharing:
-            if layer in record.weights:
-                plain[layer] = f"its weight is read elsewhere ({record.weights[layer]})"
-            elif not gatherers[layer].total:
-                plain[layer] = "the data never reach it"
+        paths = {model.get_submodule(entry.path): entry.path for entry in plan}
+        modules: dict[str, Any] = {path: module for module, path in paths.items()}
+        done: dict[str, tuple[Action, str]] = {}
+        targets: dict[Any, tuple[Tensor, Tensor]] = {}  # weight and bias of the plain layer
+        for entry in plan.where(Action.WHITEN, Action.LEAVE):
+            layer = modules[entry.path]
+            if entry.action is Action.LEAVE:
+                why = entry.why if layer in twins and layer in record.weights else None  # to be warned of
+            elif layer in sharing:
+                why = "it shares parameters with another module"
+            elif layer in record.weights:
+                why = f"its weight is read elsewhere ({record.weights[layer]})"
+            else:
+                why = None if gatherers[layer].total else "the data never reach it"
+                if why is None:
+                    targets[layer] = _plain_parameters(layer)
+            if why is not None:
+                done[entry.path] = (Action.LEAVE, why)
         feeds = {norm: layer for norm, layer in record.feeds().items() if not (_has_hooks(norm) or _has_hooks(layer))}
-        targets = {layer: _plain_parameters(layer) for layer in layers if layer not in plain}
-        done = {
-            entry.path: (Action.LEAVE, entry.why) for entry in plan.where(Action.LEAVE) if modules[entry.path] in twins
-            and modules[entry.path] in record.weights
-        }  # fmt: skip
         for entry in plan.where(Action.REMOVE):
-            norm = modules[entry.path]
-            before = [layers[layer] for layer in record.makers(norm) if layer in plain]
-            done[entry.path] = (
-                (Action.LEAVE, f"it normalises the output of {before[0]}, which is left")
-                if before
-                else _replace_norm(norm, entry, feeds.get(norm), targets, layers)
-            )
-        for layer, path in layers.items():
-            done[path] = (
-                (Action.LEAVE, plain[layer])
-                if layer in plain
-                else _replace_layer(layer, twins[layer], gatherers[layer], targets[layer])
-            )
-        errors = []
-        for batch, expected in seen:
-            with fork_rng():
-                errors.append(max_relative_error(run_batch(model, batch, call), expected))
-    _warn_of_plain(plan, done)
+            norm, build = modules[entry.path], entry.build
+            assert isinstance(build, BatchNorm)
+            plain = sorted(paths[layer] for layer in record.makers(norm) if paths[layer] in done)
+            layer, affine = feeds.get(norm, norm), scale_and_shift(norm)
+            if plain:
+                done[entry.path] = (Action.LEAVE, f"it normalises the output of {plain[0]}, which is left")
+            elif affine is None:
+                done[entry.path] = (Action.LEAVE, "it has no running statistics, so evaluation depends on the batch")
+            elif layer in targets:
+                (weight, bias), (scale, shift) = targets[layer], affine
+                targets[layer] = weight * scale.reshape(-1, *[1] * (weight.dim() - 1)), bias * scale + shift
+                become(norm, build(norm))
+                done[entry.path] = (Action.FOLD, f"into {paths[layer]}")
+            else:
+                become(norm, build.around(_as_affine(norm, *affine), "affine"))
+                done[entry.path] = (Action.AFFINE, "no layer feeds it alone")
+        for layer, target in targets.items():
+            gatherers[layer].settle()
+            become(layer, _with_weights(layer, twins[layer], *unfold(*target, twins[layer].whitening)))
+            done[paths[layer]] = (Action.WHITEN, "evaluates as before")
+        _check_outputs(model, seen, call)
+    result = plan.changed(done)
+    left = [f"{entry.path} ({entry.why})" for entry in result.where(Action.LEAVE) if entry.path in done]
+    if left:
+        warnings.warn(f"convert: left as they were, to preserve the output: {shown(left)}.", UserWarning, stacklevel=5)
+    return result
+
+
+def _check_outputs(model: nn.Module, seen: list[tuple[Any, Any]], call: Call) -> None:
+    worst = 0.0
+    for batch, expected in seen:
+        with fork_rng():
+            error = max_relative_error(run_batch(model, batch, call), expected)
+        worst = max(worst, error)
     dtypes = {parameter.dtype for parameter in model.parameters()}
     tolerance = max((_TOLERANCE.get(dtype, _TOLERANCE_HALF) for dtype in dtypes), default=0.0)
-    if not max(errors) <= tolerance:
+    if not worst <= tolerance:
         raise NumericalError(
             f"convert: expected the converted model's evaluation output within {tolerance:.0e} of the old one's, got a "
-            f"relative difference of {max(errors):.1e}. A forward that is random, or that changes the model, is one "
+            f"relative difference of {worst:.1e}. A forward that is random, or that changes the model, is one "
             "reason; exclude= the layers it concerns. If it is rounding, convert in float32 or raise eps."
         )
-    return plan.changed(done)
 
 
-def _warn_of_plain(plan: ConversionPlan, done: dict[str, tuple[Action, str]]) -> None:
-    """Say which modules were to be converted and are not."""
-    left = [
-        f"{entry.path} ({done[entry.path][1]})" for entry in plan if done.get(entry.path, (None,))[0] is Action.LEAVE
-    ]
-    if left:
-        warnings.warn(f"convert: left as they were, to preserve the output: {shown(left)}.", UserWarning, stacklevel=6)
-
-
-def _replace_norm(
-    norm: Any, entry: Entry, layer: nn.Module | None, targets: dict[nn.Module, Any], paths: dict[nn.Module, str]
-) -> tuple[Action, str]:
-    """Fold a batch norm into the layer's target, or make it an affine."""
-    affine = scale_and_shift(norm)
-    if affine is None:
-        return Action.LEAVE, "it has no remembered statistics, so evaluation depends on the batch"
-    assert isinstance(entry.build, BatchNorm)
-    learns = any(parameter.requires_grad for parameter in norm.parameters(recurse=False))
-    scale, shift = affine
-    if layer in targets:
-        weight, bias = targets[layer]
-        targets[layer] = (weight * scale.reshape(-1, *[1] * (weight.dim() - 1)), bias * scale + shift)
-        become(norm, entry.build(norm))
-        return Action.FOLD, f"into {paths[layer]}"
+def _as_affine(norm: Any, scale: Tensor, shift: Tensor) -> nn.Module:
     like = norm.weight if getattr(norm, "weight", None) is not None else norm.running_mean
-    new = ChannelAffine(scale.to(like), shift.to(like)).requires_grad_(learns)
-    become(norm, entry.build.around(new, "affine"))
-    return Action.AFFINE, "no layer feeds it alone"
+    learns = any(parameter.requires_grad for parameter in norm.parameters(recurse=False))
+    return ChannelAffine(scale.to(like), shift.to(like)).requires_grad_(learns)
 
 
-def _replace_layer(layer: Any, twin: Any, gatherer: Gatherer, target: Any) -> tuple[Action, str]:
-    """Make a layer its twin, with the remembered statistics, and weights that undo them."""
-    gatherer.settle()
-    weight, bias = unfold(target[0], target[1], twin.whitening)
+def _with_weights(layer: Any, twin: Any, weight: Tensor, bias: Tensor) -> Any:
+    learns = (layer.weight if layer.bias is None else layer.bias).requires_grad
     twin.weight = parameter_like(layer.weight, weight)
-    twin.bias = nn.Parameter(bias.to(layer.weight), requires_grad=_flag(layer))
-    become(layer, twin)
-    return Action.WHITEN, "evaluates as before"
+    twin.bias = nn.Parameter(bias.to(layer.weight), requires_grad=learns)
+    return twin
 
 
 def unfold(weight: Tensor, bias: Tensor, whitening: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias that fold to the given ones with a whitening's remembered mean and roots; float64.
+    """Weight and bias that fold to the given ones with a whitening's running mean and roots; float64.
 
     The inverse of :func:`netdeconv.functional.fold`: ``w = D^-1 S^-1 w'``, ``b = b' + mean w'``.
     """
@@ -251,10 +241,6 @@ def _with_shared_parameters(model: nn.Module) -> set[nn.Module]:
 def _has_hooks(module: nn.Module) -> bool:
     """Whether somebody listens to this module, who would hear something else after folding."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
-def _flag(layer: Any) -> bool:
-    return bool(layer.weight.requires_grad if layer.bias is None else layer.bias.requires_grad)
 
 
 def input_rows(x: Tensor, window: Window) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from netdeconv.surgery.layers import is_layer, is_whitened
+from netdeconv.surgery.layers import holds_modules, is_layer, is_whitened
 from netdeconv.surgery.norms import is_like_batch_norm
 
 __all__ = ["Neighbours", "Structure", "is_pointwise"]
@@ -205,7 +205,7 @@ def _nearest(steps: Iterable[nn.Module]) -> frozenset[nn.Module] | None:
             continue
         if _makes(step):
             return frozenset({step})
-        if any(True for _ in step.children()):
+        if holds_modules(step):
             return None
     return None
 
@@ -222,7 +222,7 @@ def _makes(module: nn.Module) -> bool:
     if is_layer(module):
         return True
     own = [parameter for parameter in module._parameters.values() if parameter is not None]
-    if not own or any(True for _ in module.children()):
+    if not own or holds_modules(module):
         return False
     return any(is_lazy(parameter) or sum(size > 1 for size in parameter.shape) > 1 for parameter in own)
 
@@ -256,7 +256,7 @@ def _stays(following: list[nn.Module], at_the_end: bool) -> bool:
     for module in following:
         if isinstance(module, _HANDING_ON):
             continue
-        known = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
+        known = type(module).__module__.startswith("torch.nn.") and not holds_modules(module)
         return known or is_layer(module) or is_whitened(module)
     return at_the_end
 

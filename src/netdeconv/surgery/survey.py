@@ -13,6 +13,7 @@ from torch import nn
 from netdeconv.errors import ConfigError
 from netdeconv.surgery.layers import (
     Setting,
+    holds_modules,
     is_layer,
     is_quantised,
     is_whitened,
@@ -248,7 +249,7 @@ def _places(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...], nn.Module]
 
 
 def _why_kept(module: nn.Module) -> str:
-    if any(True for _ in module.children()):
+    if holds_modules(module):
         return "container"
     if "norm" in type(module).__name__.lower():
         return "a normalisation, but not a batch norm"

@@ -17,8 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from netdeconv.nn import Whitening
 from netdeconv.surgery import operations
 from netdeconv.surgery.batches import tensors_of
-from netdeconv.surgery.frames import in_forward_of, place_of_use
-from netdeconv.surgery.layers import is_layer, is_whitened
+from netdeconv.surgery.layers import holds_modules, is_layer, is_whitened
 from netdeconv.surgery.norms import Clone, is_like_batch_norm
 from netdeconv.surgery.record import Call, Record, Source
 
@@ -173,7 +172,7 @@ class Watcher(TorchFunctionMode):
             elif module in self._shut:
                 call = Call(module, self.record.calls[module])
                 self._traces[tensor] = _Trace(frozenset({call}), pooled=self.record.rows.get(module, False), given=call)
-            elif tensor not in self._traces and inputs and not any(True for _ in module.children()):
+            elif tensor not in self._traces and inputs and not holds_modules(module):
                 # It was computed where nobody can look, as in autograd functions.
                 weighs = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
                 self._traces[tensor] = self._made_by(module, inputs) if weighs else _joined(inputs)
@@ -240,16 +239,16 @@ class Watcher(TorchFunctionMode):
 
     def _read(self, owners: list[nn.Module]) -> None:
         """A parameter is used: by its owner, or by somebody else?"""
-        if any(module in self._running for module in owners) or in_forward_of(owners):
+        if any(module in self._running for module in owners) or operations.in_forward_of(owners):
             return
-        place = place_of_use()
+        place = operations.place_of_use()
         for module in filter(self._is_asked, owners):
             self.record.weights.setdefault(module, place)
 
 
 def _is_alone(module: nn.Module) -> bool:
     """Whether this is a layer whose insides are its own."""
-    return is_whitened(module) or (is_layer(module) and not any(True for _ in module.children()))
+    return is_whitened(module) or (is_layer(module) and not holds_modules(module))
 
 
 def _joined(traces: Iterable[_Trace]) -> _Trace:
