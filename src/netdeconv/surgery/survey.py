@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -66,51 +66,48 @@ class _Survey:
         record: Record | None,
     ) -> None:
         self.model, self.whitening, self.selection = model, whitening, selection
-        self.rules, self.rewritten, self.record = rules, rewritten, record
+        self.rules, self.rewritten, self.has_run = rules, rewritten, record is not None
+        self.record = Record() if record is None else record
         self.tree = Structure(model)
         self.entries: dict[nn.Module, Entry] = {}
         self.included: set[nn.Module] = set()
         # Layers whose calls go to one batch norm here and to another there, by the tree and by the run.
-        self.several = {**self.tree.several, **(record.shared() if record is not None else {})}
+        self.several = {**self.tree.several, **self.record.shared()}
 
     def plan(self) -> ConversionPlan:
         hidden: set[nn.Module] = set()  # inside a module that goes as a whole
         left: dict[nn.Module, Entry] = {}  # inside a layer or batch norm that is left: that one
         for path, aliases, module in _places(self.model):
-            entry = Entry(path, type(module).__name__, Action.KEEP, "", aliases)
-            if module in hidden:
-                self.entries[module] = dataclasses.replace(entry, why="part of the module above")
-                continue
-            concerned = is_like_batch_norm(module) or is_layer(module)
-            rule = None if module in self.rewritten else rule_for(module, self.rules)
-            entry = self._decide(entry, module, rule)
-            if (
-                module in left
-                and (entry.norm or is_quantised(module))
-                and entry.action in (Action.REMOVE, Action.WHITEN)
-            ):
-                entry = _left(entry, f"inside {left[module].path}, which is left", left[module])
-            if entry.action is Action.LEAVE and (concerned or rule is not None or module in self.rewritten):
-                left |= dict.fromkeys(set(module.modules()) - {module} - set(left), entry)
-            elif entry.action in (Action.WHITEN, Action.REMOVE, Action.REWRITE):
-                hidden |= set(module.modules())
+            entry = Entry(path, type(module).__name__, Action.KEEP, "part of the module above", aliases)
+            if module not in hidden:
+                entry = self._decide(entry, module)
+                goes = entry.action in (Action.REMOVE, Action.WHITEN)
+                if goes and module in left and (entry.norm or is_quantised(module)):
+                    entry = _left(entry, f"inside {left[module].path}, which is left", left[module])
+                if entry.action in (Action.WHITEN, Action.REMOVE, Action.REWRITE):
+                    hidden |= set(module.modules())
+                elif entry.action is Action.LEAVE and not self._calls_batch_norm(module):
+                    left |= dict.fromkeys(set(module.modules()) - {module} - set(left), entry)
             self.entries[module] = entry
-        norms = [module for module, entry in self.entries.items() if entry.action is Action.REMOVE]
-        for norm in norms:
-            self._settle(norm)
+        for norm, entry in list(self.entries.items()):
+            if entry.action is Action.REMOVE:
+                self.entries[norm] = self._settled(norm, entry)
         gone = any(entry.norm and entry.action in (Action.REMOVE, Action.WAIT) for entry in self.entries.values())
         return ConversionPlan(tuple(self._finished(module, entry, gone) for module, entry in self.entries.items()))
 
-    def _decide(self, entry: Entry, module: nn.Module, rule: tuple[Rule, str] | None) -> Entry:
+    def _calls_batch_norm(self, module: nn.Module) -> bool:
+        """Whether it does so by function, and is nothing else that the conversion is about."""
+        return module in self.record.by_function and not (is_like_batch_norm(module) or is_layer(module))
+
+    def _decide(self, entry: Entry, module: nn.Module) -> Entry:
         """The entry of one module by itself, filled in."""
         if is_whitened(module):
-            return dataclasses.replace(entry, why="whitened already")
-        norm = is_like_batch_norm(module)
-        concerned = norm or rule is not None or is_layer(module)  # as a whole
+            return _line(entry, Action.KEEP, "whitened already")
+        norm, by_function = is_like_batch_norm(module), self._calls_batch_norm(module)
+        rule = None if module in self.rewritten else rule_for(module, self.rules)
         unwanted = self.selection.why_not(entry.path, module)  # also of containers: every pattern has to match once
-        by_function = not concerned and self.record is not None and module in self.record.by_function
-        if not (concerned or by_function):
-            return dataclasses.replace(entry, why=_why_kept(module))
+        if not (norm or by_function or rule is not None or is_layer(module)):
+            return _line(entry, Action.KEEP, _why_kept(module))
         entry = dataclasses.replace(entry, norm=norm or by_function)
         if unwanted is not None:
             return _left(entry, unwanted, asked=True)
@@ -122,20 +119,20 @@ class _Survey:
             self.included.add(module)
         if module in self.tree.read:
             return _left(entry, self.tree.read[module])
-        if self.record is not None and module in self.record.weights and module not in self.included:
+        if module in self.record.weights and module not in self.included:
             return _left(entry, f"its weight is read elsewhere ({self.record.weights[module]})")
         if rule is not None:
-            return dataclasses.replace(entry, action=Action.REWRITE, why=rule[1], build=rule[0])
+            return _line(entry, Action.REWRITE, rule[1], rule[0])
         return self._decide_norm(entry, module) if norm else self._decide_layer(entry, module)
 
     def _decide_norm(self, entry: Entry, module: nn.Module) -> Entry:
         found = batch_norm(module)
         if isinstance(found, str):
             return _left(entry, found)
-        why = _TAKEN
-        if found.after:
-            why += f"; {', '.join(type(child).__name__ for child in found.after.values())} stays"
-        return dataclasses.replace(entry, action=Action.REMOVE, why=why, build=found)
+        stays = f"; {', '.join(type(child).__name__ for child in found.after.values())} stays" if found.after else ""
+        ran = module in self.record.sources
+        copies = module in self.record.written if ran else module not in self.tree.fresh
+        return _line(entry, Action.REMOVE, _TAKEN + stays, dataclasses.replace(found, copies=copies))
 
     def _decide_layer(self, entry: Entry, module: Any) -> Entry:
         reason = why_not_whiten(module)
@@ -147,73 +144,51 @@ class _Survey:
                 return _left(entry, _FROZEN, asked=True)
             if module in self.several:
                 return _left(entry, _several_norms(self.model, self.several[module]))
-            published = setting is not None and not setting.debias
-            if self._is_pooled(module) and not (entry.aliases or published):
+            pooled = module in self.tree.pooled or (is_pointwise(module) and self.record.rows.get(module, False))
+            published = setting is not None and not setting.debias  # which whitens behind a pooling, too
+            if pooled and not (entry.aliases or published):
                 return _left(entry, _POOLED)
         why = "linear layer" if isinstance(module, nn.Linear) else "convolution"
-        build = functools.partial(whitened_twin, whitening=setting, path=entry.path)
-        return dataclasses.replace(entry, action=Action.WHITEN, why=why, build=build)
+        return _line(entry, Action.WHITEN, why, functools.partial(whitened_twin, whitening=setting, path=entry.path))
 
-    def _is_pooled(self, module: Any) -> bool:
-        """Whether a layer sees one number per channel and image, which only the published procedure whitens."""
-        if module in self.tree.pooled:
-            return True
-        return is_pointwise(module) and self.record is not None and self.record.rows.get(module, False)
-
-    def _settle(self, norm: nn.Module) -> None:
+    def _settled(self, norm: nn.Module, entry: Entry) -> Entry:
         """Keep a batch norm that no whitened layer takes the place of, or of which nothing tells yet."""
-        entry = self.entries[norm]
         if self.selection.insists(entry.path):
-            return
+            return entry
         place = functools.partial(_name, self.entries)
-        if self.record is not None and norm in self.record.sources:
-            fate = self.record.why_kept(norm, self._is_whitened, place)
-            if fate is not None:
-                self.entries[norm] = _left(entry, fate[0], self.entries.get(fate[1]) if fate[1] is not None else None)
-            return
+        if norm in self.record.sources:
+            kept = self.record.why_kept(norm, self._is_whitened, place)
+            return entry if kept is None else _left(entry, kept[0], self.entries.get(kept[1] or norm))
         beside = self.tree.neighbours[norm]
         plain = next((layer for layer in beside.before if not self._is_whitened(layer)), None)
         if plain is not None and (beside.sure or plain in self.tree.pooled):
-            why = f"it normalises the output of {place(plain)}"
-            self.entries[norm] = _left(entry, why, self.entries.get(plain))
-            return
+            return _left(entry, f"it normalises the output of {place(plain)}", self.entries.get(plain))
         if norm in self.included and plain is None:  # what the tree does not tell is the user's to say
-            return
+            return entry
         taken = bool(beside.before) or any(map(self._is_whitened, beside.after))
         told = beside.rivals is not None and all(map(self._is_whitened, beside.before | beside.rivals))
         if taken and (beside.sure or told):
-            return
-        self.entries[norm] = self._in_doubt(entry, beside.after, place)
-
-    def _in_doubt(self, entry: Entry, after: Iterable[nn.Module], place: Callable[[nn.Module], str]) -> Entry:
+            return entry
         if not any(map(self._is_whitened, self.entries)):
             return _left(entry, "no whitened layer takes its place")
-        if self.record is not None:
+        if self.has_run:
             return _left(entry, "the example does not reach it, and the module tree does not show what feeds it")
-        return dataclasses.replace(
-            entry, action=Action.WAIT, why="stays until the first forward shows what feeds it, and what reads it"
-        )
+        why = "stays until the first forward shows what feeds it, and what reads it"
+        return _line(entry, Action.WAIT, why, entry.build)
 
     def _is_whitened(self, layer: nn.Module) -> bool:
         entry = self.entries.get(layer)
-        return is_whitened(layer) or (
-            entry is not None and entry.action in (Action.WHITEN, Action.REWRITE) and not entry.norm
-        )
+        goes = entry is not None and entry.action in (Action.WHITEN, Action.REWRITE) and not entry.norm
+        return goes or is_whitened(layer)
 
     def _finished(self, module: Any, entry: Entry, gone: bool) -> Entry:
-        """With all that carrying it out needs."""
+        """With what depends on whether any batch norm goes."""
         if entry.action is Action.WHITEN:
-            why = f"{entry.why}, gains a bias" if gone and module.bias is None else entry.why
             build: Any = entry.build
-            return dataclasses.replace(entry, why=why, build=functools.partial(build, with_bias=gone))
-        if entry.action in (Action.REMOVE, Action.WAIT):
-            found: Any = entry.build
-            if self.record is not None and module in self.record.sources:
-                copies = module in self.record.written
-            else:
-                copies = module not in self.tree.fresh
-            return dataclasses.replace(entry, build=dataclasses.replace(found, copies=copies))
-        if gone and getattr(module, "inplace", None) is True and not entry.why.startswith("part"):
+            why = f"{entry.why}, gains a bias" if gone and module.bias is None else entry.why
+            return _line(entry, Action.WHITEN, why, functools.partial(build, with_bias=gone))
+        stopped = gone and getattr(module, "inplace", None) is True and not entry.why.startswith("part")
+        if stopped and entry.action not in (Action.REMOVE, Action.WAIT):
             return dataclasses.replace(entry, why=f"{entry.why}; no longer in place")
         return entry
 
@@ -232,6 +207,10 @@ def _several_norms(model: nn.Module, norms: list[nn.Module]) -> str:
     names = [paths.get(norm, "?") for norm in norms]
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return f"it feeds several batch norms ({shown}), each with statistics of its own"
+
+
+def _line(entry: Entry, action: Action, why: str, build: Callable[[Any], Any] | None = None) -> Entry:
+    return dataclasses.replace(entry, action=action, why=why, build=build)
 
 
 def _left(entry: Entry, why: str, cause: Entry | None = None, asked: bool = False) -> Entry:
