@@ -22,13 +22,12 @@ from netdeconv.surgery.layers import (
     why_not_whiten,
 )
 from netdeconv.surgery.norms import batch_norm, is_like_batch_norm
-from netdeconv.surgery.plan import Action, ConversionPlan, Entry
+from netdeconv.surgery.plan import Action, ConversionPlan, Entry, Selection
 from netdeconv.surgery.record import Record
 from netdeconv.surgery.rules import Rule, rule_for
-from netdeconv.surgery.selection import Selection
 from netdeconv.surgery.structure import Structure, is_pointwise
 
-__all__ = ["check_model", "survey"]
+__all__ = ["Wishes", "check_model", "survey"]
 
 _WRAPPERS = {"OptimizedModule", "DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
 _POOLED = "behind a global pooling it sees one row per image"
@@ -36,37 +35,33 @@ _FROZEN = "frozen (requires_grad=False): a fixed function, not a layer that lear
 _TAKEN = "whitening takes its place"
 
 
-def survey(
-    model: nn.Module,
-    whitening: Setting,
-    selection: Selection,
-    rules: Mapping[type, Rule] | None,
-    rewritten: Mapping[nn.Module, bool],
-    record: Record | None = None,
-) -> ConversionPlan:
-    """The plan of a model.
+@dataclasses.dataclass(frozen=True)
+class Wishes:
+    """What the user asks of a conversion.
 
-    Args:
+    Attributes:
+        whitening, selection, rules: see :func:`netdeconv.convert`.
         rewritten: for modules that a rule has seen, whether it rewrote them.
-        record: what was seen while the model ran; ``None`` for a plan from the module tree alone, in which batch norms
-            that the tree does not tell about wait for the first forward.
     """
-    check_model(model)
-    return _Survey(model, whitening, selection, rules, rewritten, record).plan()
+
+    whitening: Setting
+    selection: Selection
+    rules: Mapping[type, Rule] | None
+    rewritten: dict[nn.Module, bool] = dataclasses.field(default_factory=dict)
+
+
+def survey(model: nn.Module, wishes: Wishes, record: Record | None = None) -> ConversionPlan:
+    """The plan of a model, from what was seen while it ran.
+
+    Without a record it is made from the module tree alone, and batch norms that the tree does not tell about wait for
+    the first forward.
+    """
+    return _Survey(model, wishes, record).plan()
 
 
 class _Survey:
-    def __init__(
-        self,
-        model: nn.Module,
-        whitening: Setting,
-        selection: Selection,
-        rules: Mapping[type, Rule] | None,
-        rewritten: Mapping[nn.Module, bool],
-        record: Record | None,
-    ) -> None:
-        self.model, self.whitening, self.selection = model, whitening, selection
-        self.rules, self.rewritten, self.has_run = rules, rewritten, record is not None
+    def __init__(self, model: nn.Module, wishes: Wishes, record: Record | None) -> None:
+        self.model, self.wishes, self.has_run = model, wishes, record is not None
         self.record = Record() if record is None else record
         self.tree = Structure(model)
         self.entries: dict[nn.Module, Entry] = {}
@@ -104,8 +99,9 @@ class _Survey:
         if is_whitened(module):
             return _line(entry, Action.KEEP, "whitened already")
         norm, by_function = is_like_batch_norm(module), self._calls_batch_norm(module)
-        rule = None if module in self.rewritten else rule_for(module, self.rules)
-        unwanted = self.selection.why_not(entry.path, module)  # also of containers: every pattern has to match once
+        wishes, selection = self.wishes, self.wishes.selection
+        rule = None if module in wishes.rewritten else rule_for(module, wishes.rules)
+        unwanted = selection.why_not(entry.path, module)  # asked of containers, too: each pattern has to match
         if not (norm or by_function or rule is not None or is_layer(module)):
             return _line(entry, Action.KEEP, _why_kept(module))
         entry = dataclasses.replace(entry, norm=norm or by_function)
@@ -113,9 +109,9 @@ class _Survey:
             return _left(entry, unwanted, asked=True)
         if by_function:
             return _left(entry, f"{entry.kind} calls batch_norm by function")
-        if self.rewritten.get(module) is False:
+        if wishes.rewritten.get(module) is False:
             return _left(entry, "left by its rule", asked=True)
-        if self.selection.names(entry.path, module):
+        if selection.names(entry.path, module):
             self.included.add(module)
         if module in self.tree.read:
             return _left(entry, self.tree.read[module])
@@ -138,7 +134,7 @@ class _Survey:
         reason = why_not_whiten(module)
         if reason is not None:
             return _left(entry, reason)
-        setting = setting_for(self.whitening, entry.path, module)
+        setting = setting_for(self.wishes.whitening, entry.path, module)
         if module not in self.included:
             if not module.weight.requires_grad:
                 return _left(entry, _FROZEN, asked=True)
@@ -153,7 +149,7 @@ class _Survey:
 
     def _settled(self, norm: nn.Module, entry: Entry) -> Entry:
         """Keep a batch norm that no whitened layer takes the place of, or of which nothing tells yet."""
-        if self.selection.insists(entry.path):
+        if self.wishes.selection.insists(entry.path):
             return entry
         place = functools.partial(_name, self.entries)
         if norm in self.record.sources:
