@@ -12,11 +12,10 @@ from torch.nn import functional as F
 
 import netdeconv
 from netdeconv import ConfigError, NumericalError, WhitenedConv2d, WhitenedLinear, WhiteningConfig
-from netdeconv.functional import fold
+from netdeconv.functional import fold, unfold
 from netdeconv.surgery import ChannelAffine
 from netdeconv.surgery.batches import max_relative_error
 from netdeconv.surgery.norms import Clone
-from netdeconv.surgery.preserve import unfold
 from netdeconv.zoo import create
 from small_networks import (
     BLOCKS,
@@ -157,8 +156,8 @@ def test_unfold_is_the_inverse_of_fold(name: str, groups: int) -> None:
     layer = WhitenedConv2d(6, 4, 3, groups=groups, dtype=torch.float64, whitening=CONFIGS[name])
     layer(torch.randn(9, 6, 7, 7, dtype=torch.float64) * torch.arange(1, 7)[:, None, None] + 1)
     weight, bias = torch.randn_like(layer.weight), torch.randn_like(layer.bias)
-    ours = unfold(weight, bias, layer.whitening)
     found = layer.whitening.remembered()
+    ours = unfold(weight, bias, found.mean, found.roots, layer.whitening.blocks, found.scale)
     assert not torch.allclose(ours[0], weight)
     back = fold(*ours, found.mean, found.roots, layer.whitening.blocks, found.scale)
     torch.testing.assert_close(back, (weight, bias), rtol=EXACT_TOLERANCE, atol=EXACT_TOLERANCE)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,19 @@ from netdeconv.surgery.layers import holds_modules, is_layer
 from netdeconv.surgery.norms import is_like_batch_norm
 
 __all__ = [
+    "Caller",
     "batches",
     "evaluating",
     "fork_rng",
+    "listening",
     "max_relative_error",
     "run_batch",
     "tensors_of",
     "training_branches",
 ]
+
+
+Caller: TypeAlias = "Callable[[nn.Module, Any], Any] | None"
 
 
 def batches(data: Any) -> Iterator[Any]:
@@ -48,7 +53,7 @@ def batches(data: Any) -> Iterator[Any]:
         raise ConfigError("data: expected at least one batch, got none. A used up generator gives none: pass a list.")
 
 
-def run_batch(model: nn.Module, batch: Any, call: Callable[[nn.Module, Any], Any] | None = None) -> Any:
+def run_batch(model: nn.Module, batch: Any, call: Caller = None) -> Any:
     """What a model returns for a batch, which is moved to its device first.
 
     A tensor is passed as it is, of a list or tuple the first entry, a mapping by keyword; else ``call`` says how.
@@ -101,6 +106,17 @@ def _relative_error(a: Tensor, b: Tensor) -> float:
         return 0.0
     difference, largest = float((a - b)[finite].abs().max()), float(b[finite].abs().max())
     return difference / largest if largest > 0 else difference
+
+
+@contextlib.contextmanager
+def listening(modules: Iterable[nn.Module], hook: Callable[..., Any], **options: Any) -> Iterator[None]:
+    """A forward pre-hook on each of the modules, inside."""
+    handles = [module.register_forward_pre_hook(hook, **options) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from netdeconv.errors import ConfigError
+from netdeconv.surgery.batches import Caller
 from netdeconv.surgery.first_run import FirstRun, InDoubt
 from netdeconv.surgery.layers import Setting, become, copied
 from netdeconv.surgery.plan import Action, ConversionPlan, Patterns, Selection, shown
-from netdeconv.surgery.preserve import Call, preserved, record_of
+from netdeconv.surgery.preserve import preserved, record_of
 from netdeconv.surgery.rules import Rule
 from netdeconv.surgery.survey import Wishes, check_model, survey
 
@@ -34,7 +35,7 @@ def convert(
     rules: Mapping[type, Rule] | None = None,
     example: Any = None,
     preserve: Any = None,
-    call: Call = None,
+    call: Caller = None,
 ) -> Model:
     """A new model with whitened convolutions and linear layers, and no batch normalisation; the old one is untouched.
 
@@ -94,7 +95,7 @@ def plan_conversion(
     rules: Mapping[type, Rule] | None = None,
     example: Any = None,
     preserve: Any = None,
-    call: Call = None,
+    call: Caller = None,
 ) -> ConversionPlan:
     """What :func:`netdeconv.convert` would do to every module of a model, and why; nothing is touched.
 
@@ -147,7 +148,7 @@ def plan_conversion(
 
 
 def _converted(
-    model: Model, wishes: Wishes, example: Any, preserve: Any, call: Call
+    model: Model, wishes: Wishes, example: Any, preserve: Any, call: Caller
 ) -> tuple[Model, ConversionPlan]:
     """The converted model, and what was done to it."""
     if example is not None and preserve is not None:

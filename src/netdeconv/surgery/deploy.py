@@ -6,7 +6,7 @@ import importlib
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from netdeconv.errors import ConfigError, NumericalError
 from netdeconv.functional import fold
 from netdeconv.nn import ChannelWhitening
 from netdeconv.nn.layer import WhitenedLayer
-from netdeconv.surgery.batches import max_relative_error, run_batch, tensors_of
+from netdeconv.surgery.batches import Caller, max_relative_error, run_batch, tensors_of
 from netdeconv.surgery.first_run import FirstRun
 from netdeconv.surgery.layers import become, copied, plain_twin
 
@@ -106,7 +106,7 @@ def check_fused(
     inputs: Any,
     *,
     tolerance: float = 1e-4,
-    call: Callable[[nn.Module, Any], Any] | None = None,
+    call: Caller = None,
 ) -> float:
     """Compare a fused model with the one it came from; returns the largest relative error.
 

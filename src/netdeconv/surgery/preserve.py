@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from netdeconv.errors import NumericalError
-from netdeconv.functional import Blocks, Window
+from netdeconv.functional import Window, unfold
 from netdeconv.functional.precision import exact
 from netdeconv.nn import Whitening
 from netdeconv.nn.gathering import Gatherer
-from netdeconv.surgery.batches import batches, evaluating, fork_rng, max_relative_error, run_batch, training_branches
+from netdeconv.surgery.batches import (
+    Caller,
+    batches,
+    evaluating,
+    fork_rng,
+    listening,
+    max_relative_error,
+    run_batch,
+    training_branches,
+)
 from netdeconv.surgery.layers import become, is_layer, parameter_like
 from netdeconv.surgery.norms import BatchNorm, ChannelAffine, is_like_batch_norm, scale_and_shift
 from netdeconv.surgery.plan import Action, ConversionPlan, shown
 from netdeconv.surgery.record import Record
 from netdeconv.surgery.watch import Watcher
 
-Call: TypeAlias = "Callable[[nn.Module, Any], Any] | None"
-
-__all__ = ["preserved", "record_of", "unfold"]
+__all__ = ["preserved", "record_of"]
 
 # Largest relative error of the converted network's output that passes for equal, by the weights' precision. Rounding
 # is amplified by the condition of the roots, at most 1.5**5 = 8 per layer for 5 steps, some hundred for "eigh".
@@ -35,7 +41,7 @@ _COMPARED = 8  # batches that are kept with their outputs
 
 
 @torch.no_grad()
-def record_of(model: nn.Module, example: Any, call: Call = None) -> Record:
+def record_of(model: nn.Module, example: Any, call: Caller = None) -> Record:
     """What one batch shows of a model: run in evaluation mode, and where that leaves modules out, in training branches.
 
     Args:
@@ -46,7 +52,7 @@ def record_of(model: nn.Module, example: Any, call: Call = None) -> Record:
 
 
 def observe(
-    model: nn.Module, whitenings: Mapping[nn.Module, Whitening], data: Any, call: Call
+    model: nn.Module, whitenings: Mapping[nn.Module, Whitening], data: Any, call: Caller
 ) -> tuple[Record, dict[nn.Module, Gatherer], list[tuple[Any, Any]]]:
     """Run the data in evaluation mode; what was seen, every layer's statistics, the first batches and what came out.
 
@@ -68,7 +74,12 @@ def observe(
             watcher.returned(output)
         return output
 
-    with _gathering(gatherers):
+    def gather(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x, gatherer = args[0] if args else kwargs["input"], gatherers[layer]
+        with torch._C.DisableTorchFunction():  # whoever watches the model is not to watch this
+            gatherer.add(_input_rows(x, gatherer.whitening.window))
+
+    with listening(gatherers, gather, with_kwargs=True):
         for batch in batches(data):
             output = run(batch)
             if len(seen) < _COMPARED:
@@ -76,32 +87,23 @@ def observe(
     parts = {module for module in model.modules() if is_layer(module) or is_like_batch_norm(module)}
     if parts <= set(watcher.record.calls):
         return watcher.record, gatherers, seen
-    missed = {layer: Gatherer(gatherer.whitening, False) for layer, gatherer in gatherers.items() if not gatherer.total}
     before = copy.deepcopy(watcher.record, {id(module): module for module in model.modules()})  # of the same modules
+    missed = {layer: gatherer for layer, gatherer in gatherers.items() if not gatherer.total}
     try:
-        with training_branches(model), _gathering(missed):
+        with training_branches(model), listening(missed, gather, with_kwargs=True):
             for batch, _ in seen:
                 run(batch)
     except Exception:
-        return before, gatherers, seen
-    return watcher.record, gatherers | missed, seen
+        nothing = {layer: Gatherer(gatherer.whitening, every_position=False) for layer, gatherer in missed.items()}
+        return before, gatherers | nothing, seen
+    return watcher.record, gatherers, seen
 
 
-@contextlib.contextmanager
-def _gathering(gatherers: Mapping[nn.Module, Gatherer]) -> Iterator[None]:
-    """Every call of a layer adds its input to the statistics."""
-
-    def gather(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["input"]
-        with torch._C.DisableTorchFunction():  # whoever watches the model is not to watch this
-            gatherers[layer].add(input_rows(x, gatherers[layer].whitening.window))
-
-    handles = [layer.register_forward_pre_hook(gather, with_kwargs=True) for layer in gatherers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _input_rows(x: Tensor, window: Window) -> Tensor:
+    """A layer's input as ``(N, C, *spatial)``: with a batch dimension, or for a linear layer as rows."""
+    if not window.kernel_size:
+        return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == len(window.kernel_size) + 2 else x.unsqueeze(0)
 
 
 @torch.no_grad()
@@ -110,7 +112,7 @@ def preserved(
     draft: ConversionPlan,
     decide: Callable[[Record], ConversionPlan],
     data: Any,
-    call: Call = None,
+    call: Caller = None,
 ) -> ConversionPlan:
     """Convert ``model``, in place, so that it evaluates as before; returns what was done in the end.
 
@@ -165,7 +167,9 @@ def preserved(
                 done[entry.path] = (Action.AFFINE, "no layer feeds it alone")
         for layer, target in targets.items():
             gatherers[layer].settle()
-            become(layer, _with_weights(layer, twins[layer], *unfold(*target, twins[layer].whitening)))
+            found, blocks = twins[layer].whitening.remembered(), twins[layer].whitening.blocks
+            unfolded = unfold(*target, found.mean, found.roots, blocks, found.scale)
+            become(layer, _with_weights(layer, twins[layer], *unfolded))
             done[paths[layer]] = (Action.WHITEN, "evaluates as before")
         _check_outputs(model, seen, call)
     result = plan.changed(done)
@@ -175,7 +179,7 @@ def preserved(
     return result
 
 
-def _check_outputs(model: nn.Module, seen: list[tuple[Any, Any]], call: Call) -> None:
+def _check_outputs(model: nn.Module, seen: list[tuple[Any, Any]], call: Caller) -> None:
     worst = 0.0
     for batch, expected in seen:
         with fork_rng():
@@ -204,26 +208,6 @@ def _with_weights(layer: Any, twin: Any, weight: Tensor, bias: Tensor) -> Any:
     return twin
 
 
-def unfold(weight: Tensor, bias: Tensor, whitening: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias that fold to the given ones with a whitening's running mean and roots; float64.
-
-    The inverse of :func:`netdeconv.functional.fold`: ``w = D^-1 S^-1 w'``, ``b = b' + mean w'``.
-    """
-    blocks: Blocks = whitening.blocks
-    found = whitening.remembered()
-    grouped = exact(weight).reshape(blocks.groups, -1, blocks.group_features)
-    shift = torch.einsum("goi,gi->go", grouped, blocks.spread_mean(exact(found.mean))).flatten()
-    if found.scale is not None:
-        grouped = grouped / blocks.of_channels(exact(found.scale)).unsqueeze(1)
-    parts = []
-    for part, root in zip(blocks.split(grouped), found.roots, strict=True):
-        groups, out, count, size = part.shape
-        flat = part.reshape(groups, out * count, size)
-        solved = torch.linalg.solve(exact(root).expand(groups, size, size), flat, left=False)
-        parts.append(solved.reshape(part.shape))
-    return blocks.join(parts).reshape(weight.shape), exact(bias) + shift
-
-
 def _plain_parameters(layer: Any) -> tuple[Tensor, Tensor]:
     weight = exact(layer.weight.detach())
     return weight, weight.new_zeros(weight.shape[0]) if layer.bias is None else exact(layer.bias.detach())
@@ -241,10 +225,3 @@ def _with_shared_parameters(model: nn.Module) -> set[nn.Module]:
 def _has_hooks(module: nn.Module) -> bool:
     """Whether somebody listens to this module, who would hear something else after folding."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
-def input_rows(x: Tensor, window: Window) -> Tensor:
-    """A layer's input as ``(N, C, *spatial)``: with a batch dimension, or for a linear layer as rows."""
-    if not window.kernel_size:
-        return x.reshape(-1, x.shape[-1])
-    return x if x.dim() == len(window.kernel_size) + 2 else x.unsqueeze(0)
