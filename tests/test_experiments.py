@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from netdeconv import WhitenedConv2d, WhitenedLinear, WhiteningConfig
 from netdeconv.cli import main
-from netdeconv.lab import plots
 from netdeconv.lab.experiments import trials
 from netdeconv.lab.experiments.cost_flops import Convolution, convolutions, whitening_flops
 from netdeconv.lab.experiments.experiment import Workspace
@@ -243,11 +242,3 @@ def test_the_smoke_size_needs_no_data(name: str, tmp_path: Any, monkeypatch: pyt
     assert outcome.record["complete"]
     pictures = {f"{picture.name}.png" for picture in outcome.presentation.figures}
     assert pictures == {path.name for path in outcome.folder.glob("*.png")}
-
-
-@pytest.mark.parametrize("norms", [("nd", "none"), ("none", "bn", "nd", "nd-paper", "nd-authors", "gn", "ln")])
-def test_no_two_norms_look_alike(norms: tuple[str, ...]) -> None:
-    styles = plots.styles_of_norms(norms)
-    assert list(styles) == list(norms)
-    assert len({style["color"] for style in styles.values()}) == len(norms)
-    assert all(styles[norm] == style for norm, style in plots.STYLES.items() if norm in norms)

@@ -6,15 +6,18 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from netdeconv.config import WhiteningConfig
 from netdeconv.errors import StatisticsError
-from netdeconv.functional import Window, what_varies
+from netdeconv.functional import Window, what_varies, whitened_linear
 from netdeconv.functional.isqrt import solves_by_chebyshev
-from netdeconv.functional.precision import at_least_float32, autocasts
+from netdeconv.functional.linear_step import pooled
+from netdeconv.functional.on_gpu import kernels_for
+from netdeconv.functional.precision import as_dtype, at_least_float32, autocasts
 from netdeconv.functional.tracing import batched, traced
 from netdeconv.nn.batch import BatchStatistics
 from netdeconv.nn.calls import Call, Calls, Checkpoint, current_checkpoint, in_backward
@@ -27,42 +30,44 @@ __all__ = ["Statistics", "Whitening"]
 
 
 class Whitening(BatchStatistics):
-    """Mean, scale and inverse root of the covariance of the patches that a layer looks at.
+    """Mean, scale and inverse square root of the covariance of a layer's input patches.
 
     ``forward(x)`` returns what the layer folds into its weights. In training, mean and scale are those of the batch, at
-    every step: they move fast and are cheap. The gradient through the scale is what keeps activations from growing. The
-    root is expensive, and is computed on refresh steps only (see ``config.update_every``), from the covariance of the
-    scaled channels, averaged over the refreshes; other steps use the last one. In evaluation, and when ``frozen``, all
-    are the running values. Linear layers differ, see :data:`netdeconv.config.KINDS`.
+    every step: they change quickly and are cheap, and the gradient through the scale keeps activations from growing.
+    The inverse square root ("root" for short) is expensive, and is computed on refresh steps only (see
+    ``config.update_every``), from the covariance of the scaled channels averaged over the refreshes; other steps use
+    the last one. In evaluation, and when ``frozen``, all are running statistics. Linear layers have no scale, and
+    compute the root of every batch, with its gradient.
 
-    Running values are averages over training steps: of mean and variance with the weight ``momentum`` at every step, of
-    an averaged covariance at every refresh, of averaged roots with ``1 - (1 - momentum)**((k + 1) / 2)`` after k steps.
-    With ``debias`` the weights are divided by their sum, as Adam does, and of averaged roots the gain of every
-    feature, the diagonal, is averaged as ``1 / gain**2``, apart from the rest, as batch normalisation averages
-    variances: an average of roots is ruled by the smallest inputs that were seen. A batch that has no statistics
-    (NaN, infinite values, a single row, one constant) changes nothing and is whitened by the running values, and a
-    :class:`NonFiniteWarning` says so: at once on a CPU, otherwise when the module next changes between training and
-    evaluation. A 1x1 convolution of maps of one pixel, as behind a global pooling, sees one row per image, too few for
-    a covariance: it stays the plain layer (``forward`` returns ``None``, and the running values stay the identity).
+    Running statistics are averages over training steps: mean and variance with weight ``momentum`` at every step, an
+    averaged covariance at every refresh, averaged roots with weight ``1 - (1 - momentum)**((k + 1) / 2)`` k steps after
+    the one before. With ``debias`` the weights are divided by their sum, as Adam does, and the diagonal of averaged
+    roots, the gain of every feature, is averaged as ``1 / gain**2``, as batch normalisation averages variances: the
+    smallest inputs would dominate a plain average of roots.
+
+    A batch without statistics (NaN, infinite values, a single row, a constant) changes nothing and is whitened with
+    the running statistics, and a :class:`netdeconv.NonFiniteWarning` says so: at once on a CPU, otherwise when the
+    module next changes between training and evaluation. A 1x1 convolution of maps of one pixel, as behind a global
+    pooling, sees one row per image, too few for a covariance: it acts as the plain layer (``forward`` gives ``None``).
 
     Args:
         channels: channels of the layer's input.
-        window: what the layer looks at; an empty ``Window()`` for a linear layer.
+        window: kernel size, stride and padding; an empty ``Window()`` for a linear layer.
         groups: convolution groups.
         config: all settings, ``None`` for the defaults.
         kind: the kind of layer, one of :data:`netdeconv.config.KINDS`; ``None`` for that of window and groups.
-        label: what error messages call this place.
+        label: name of the layer in error messages.
 
     Attributes:
         frozen: no refresh while true, see :func:`netdeconv.freeze`.
-        process_group: processes to gather statistics from when ``config.sync``; ``None`` for all.
+        process_group: processes to reduce statistics over with ``config.sync``; ``None`` for all.
 
     Buffers: ``running_mean``; ``running_var``, of every channel, with ``config.scale``; ``running_root`` (and
     ``running_root_rest`` for a smaller last block); with ``config.average == "covariance"`` ``running_cov``
     (``running_cov_rest``), of which it is the root; otherwise ``last_root`` (``last_root_rest``), of the last refresh,
     where not every step is one; ``num_updates`` (refreshes so far), ``num_steps`` (training steps so far),
-    ``last_update`` (num_steps at the last refresh), ``num_skipped`` (steps left out); not saved: ``gathers`` (whether
-    steps are counted now), by which processes notice that they are not in the same mode.
+    ``last_update`` (num_steps at the last refresh), ``num_skipped`` (batches without statistics); not saved:
+    ``gathers`` (whether statistics are updated), by which processes notice that their modes differ.
     """
 
     gathers: Tensor
@@ -89,7 +94,7 @@ class Whitening(BatchStatistics):
         self.reset_statistics()
 
     def reset_statistics(self) -> None:
-        """Forget everything: zero mean, variance one, identity roots and covariances, all counters zero."""
+        """Reset to zero mean, variance one, identity roots and covariances; all counters to zero."""
         super().reset_statistics()
         self.tell_mode()
 
@@ -135,22 +140,23 @@ class Whitening(BatchStatistics):
                 "under vmap in training mode and one set of running statistics. Call netdeconv.freeze(model) or "
                 "model.eval() first, or loop over the batches."
             )
+        kernels = kernels_for(x) if by_hand and self.config.sampling != "corner" else None
         if not self._clock.due:
-            found = self._ordinary(x, by_hand, checkpoint)
+            found = self._ordinary(x, by_hand, checkpoint, kernels)
         elif compiling and not shared and self._may_be_opaque():
             found = self._opaque_refresh(x)
         else:
-            found = self._refresh(x, by_hand, checkpoint)
-        self._count()
+            found = self._refresh(x, by_hand, checkpoint, kernels)
+        self._count(in_buffer=kernels is None or self._clock.due)
         return found
 
-    def _count(self) -> None:
-        """One step more, in the buffer and on the clock."""
+    def _count(self, *, in_buffer: bool = True) -> None:
+        """One step more, on the clock, and in the buffer unless a kernel has counted there."""
         if torch.compiler.is_compiling():  # before the buffer, which the clock compares with
             self._clock.advance_in_graph()
+        if in_buffer:
             self.num_steps.add_(1)
-        else:
-            self.num_steps.add_(1)
+        if not torch.compiler.is_compiling():
             self._clock.advance(self.num_steps)
 
     def takes_own_root(self, x: Tensor) -> bool:
@@ -158,31 +164,51 @@ class Whitening(BatchStatistics):
         config = self.config
         hooked = bool(self._forward_hooks or self._forward_pre_hooks)  # which see a call of this module
         own = self.estimator.kind == "linear" and config.update_every == 1 and config.differentiable and config.debias
-        if hooked or not own or not (self.gathers_statistics() and self.blocks.single) or traced():
+        if hooked or not own or not self.gathers_statistics() or len(self.blocks.parts) > 1 or traced():
             return False
         other = config.scale or config.sampling == "corner" or not solves_by_chebyshev(config.solver, config.num_iters)
-        if other or not torch.is_grad_enabled():
+        if other or (self.blocks.pool_mean and not self.blocks.single) or not torch.is_grad_enabled():
             return False
-        rows, features = x.shape
-        all_rows = features < 4 * rows and rows > 1 and (config.max_samples is None or rows <= config.max_samples)
-        plain = x.device.type == "cpu" and x.dtype == self.running_mean.dtype == at_least_float32(x.dtype)
-        alone = not (self._shared() or autocasts("cpu") or current_checkpoint() is not None)
-        return all_rows and plain and alone
+        rows, on_cpu, dtype = len(x), x.device.type == "cpu", self.running_mean.dtype
+        all_rows = rows > 1 and (config.max_samples is None or rows <= config.max_samples)
+        # On a CPU, products of the size of fewer rows than features are shorter.
+        short = on_cpu and self.blocks.parts[0][1] >= 4 * rows * self.blocks.parts[0][0]
+        plain = dtype == at_least_float32(dtype) and (x.dtype == dtype or autocasts(x.device.type))
+        alone = not (self._shared() or (on_cpu and autocasts("cpu")) or current_checkpoint() is not None)
+        return all_rows and not short and plain and alone
 
-    def took(self, mean: Tensor, cov: Tensor, root: Tensor) -> bool:
-        """Remember a step that :meth:`takes_own_root`; false where its rows have no statistics, and nothing is done."""
+    def own_root(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The layer's output in a step that it :meth:`takes_own_root`, which is remembered; ``None`` where the rows
+        have no statistics, and nothing is done: on a CPU, as to look at them elsewhere would mean to wait."""
+        config, look = self.config, x.device.type == "cpu"
+        assert config.num_iters is not None
+        (root_of_others,) = self._matrices("running_root")
+        y, mean, cov, root, used = whitened_linear(
+            as_dtype(x, self.running_mean.dtype),
+            weight,
+            bias,
+            eps=config.eps,
+            num_iters=config.num_iters,
+            block=self.blocks.parts[0][1],
+            otherwise=None if look else (self.running_mean, root_of_others),
+        )
+        counts = self._have_root(mean, cov, root) if used is None else used
+        if counts is False:
+            return None
+        self._clock.follow(self.num_steps, self.num_updates)
+        averages = averaged_roots(config, [root], self._averages(), self._counters(look=look))
+        self._remember(Batch(mean, None, None, None, counts), due=True)
+        self._remember_roots([root], averages, counts)
+        self._count()
+        return y
+
+    def _have_root(self, mean: Tensor, cov: Tensor, root: Tensor) -> bool:
+        """:func:`netdeconv.functional.linear_step.usable`, of numbers that may be looked at."""
         var, numbers = cov.diagonal(), torch.finfo(cov.dtype)
-        if not (all_finite((mean, root), look=True) and what_varies(var, mean, self.config.eps)[0]):
+        if not (all_finite((mean, root), look=True) and what_varies(var, pooled(mean, len(var)), self.config.eps)[0]):
             return False
         largest, features = float(var.max()) + self.config.eps, len(var)
-        if not features * numbers.tiny**0.5 < largest < numbers.max**0.5 / features:  # squares of it are in range
-            return False
-        self._clock.follow(self.num_steps, self.num_updates)
-        averages = averaged_roots(self.config, [root], self._averages(), self._counters(look=True))
-        self._remember(Batch(mean, None, None, None, True), due=True)
-        self._remember_roots([root], averages, True)
-        self._count()
-        return True
+        return bool(features * numbers.tiny**0.5 < largest < numbers.max**0.5 / features)  # squares are in range
 
     def look_through(self, window: Window) -> None:
         """Look at the input through another window of the same size from now on."""
@@ -246,27 +272,36 @@ class Whitening(BatchStatistics):
     def _statistics(self, batch: Batch, roots: Sequence[Tensor]) -> Statistics:
         return Statistics(batch.mean, tuple(roots), batch.scale, batch.slope)
 
-    def _ordinary(self, x: Tensor, by_hand: bool, checkpoint: Checkpoint | None) -> Statistics:
+    def _ordinary(self, x: Tensor, by_hand: bool, checkpoint: Checkpoint | None, kernels: Any) -> Statistics:
         """Mean and scale of this batch, root of the last refresh."""
-        with torch.no_grad() if by_hand else contextlib.nullcontext():
-            batch = self._or_running(self._of_batch(x, by_hand))
-        self._remember(batch, due=False)
+        if kernels is not None:
+            batch = self._by_kernels(kernels, x, count=True)
+        else:
+            with torch.no_grad() if by_hand else contextlib.nullcontext():
+                batch = self._or_running(self._of_batch(x, by_hand))
+            self._remember(batch, due=False)
         statistics = self._statistics(batch, [kept(root) for root in self._last_roots()])
         if checkpoint is not None:
             self._record(checkpoint, x, statistics, batch.counts, due=False)
         return statistics
 
-    def _refresh(self, x: Tensor, by_hand: bool, checkpoint: Checkpoint | None) -> Statistics:
+    def _refresh(self, x: Tensor, by_hand: bool, checkpoint: Checkpoint | None, kernels: Any) -> Statistics:
         """Mean, scale and root of this batch, or the running ones where they cannot be used."""
-        batch, moments = self._of_batch_to_refresh(x, self.num_updates, by_hand)
+        if kernels is not None:  # mean and scale are usable ones, whatever becomes of the root
+            batch = self._by_kernels(kernels, x, count=False)
+            moments = self.estimator.sample_moments(x.detach(), self.num_updates, batch.scale, factored=True)
+        else:
+            batch, moments = self._of_batch_to_refresh(x, self.num_updates, by_hand)
         running, averages = self._matrices("running_root"), self._averages()
         counters = self._counters_for(batch)
         roots, new, counts = refreshed(self.estimator, moments, running, averages, counters, batch.counts)
-        batch = self._or_running(batch._replace(counts=counts))
+        if kernels is None:
+            batch = self._or_running(batch._replace(counts=counts))
         statistics = self._statistics(batch, roots)
         if checkpoint is not None:
             self._record(checkpoint, x, statistics, counts, due=True)
-        self._remember(batch, due=True)
+        if kernels is None:
+            self._remember(batch, due=True)
         self._remember_roots(roots, new, counts)
         return statistics
 
@@ -339,6 +374,7 @@ class Whitening(BatchStatistics):
         self.tell_mode()
         if not self.num_steps.is_meta:
             self._clock.follow(self.num_steps, self.num_updates, look=True)
+            self._looked_at = self._looked_at or self._clock.updated  # or the first evaluation waits for the device
             self._report_skipped()
         return self
 

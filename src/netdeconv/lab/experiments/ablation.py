@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from netdeconv import WhiteningConfig
 from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation, Workspace
 from netdeconv.lab.experiments.trials import CODE, Trial, accuracies, accuracy_cell, run_trials
+from netdeconv.lab.norms import NORMS
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.report import Table
 
@@ -179,14 +180,14 @@ def _verdict(groups: Mapping[tuple[str, Any], list[Mapping[str, Any]]], middle: 
 def _draw(
     figure: Figure, groups: Mapping[tuple[str, Any], list[Mapping[str, Any]]], middle: float, noise: float | None
 ) -> None:
-    from netdeconv.lab.plots import STYLES, tidy
+    from netdeconv.lab.plots import tidy
 
     figure.set_size_inches(7.5, 1 + 0.24 * len(groups))
     axes = figure.subplots()
     labels = [f"{_NAMES.get(name, name)} {value}".strip() for name, value in groups]
     places = range(len(groups), 0, -1)
     means = [statistics.fmean(accuracies(runs)) for runs in groups.values()]
-    colours = [STYLES["bn" if name.startswith("BatchNorm") else "nd"]["color"] for name, _ in groups]
+    colours = [NORMS["bn" if name.startswith("BatchNorm") else "nd"].style["color"] for name, _ in groups]
     axes.axvspan(middle - 2 * (noise or 0), middle + 2 * (noise or 0), color="0.88")
     axes.axvline(middle, color="0.5", linewidth=0.9)
     axes.scatter(means, list(places), c=colours, zorder=3)

@@ -12,7 +12,6 @@ from netdeconv import ConfigError
 from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation, Workspace
 from netdeconv.lab.experiments.trials import (
     CODE,
-    NAMES,
     Trial,
     accuracies,
     accuracy_cell,
@@ -20,6 +19,7 @@ from netdeconv.lab.experiments.trials import (
     by_rate,
     run_trials,
 )
+from netdeconv.lab.norms import NORMS
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.report import Table
 
@@ -42,7 +42,7 @@ class BatchSizeSettings:
     width: float = option(0.125, "factor on its channels")
     batch_sizes: tuple[int, ...] = option((8, 32, 128, 512), "images in a training batch")
     images: int = option(12800, "training images in all, at most one pass; the steps follow")
-    norms: tuple[str, ...] = option(("bn", "nd"), "normalisations to compare", choices=tuple(NAMES))
+    norms: tuple[str, ...] = option(("bn", "nd"), "normalisations to compare", choices=tuple(NORMS))
     rates: tuple[float, ...] = option((0.1, 0.03, 0.01), "learning rates for every norm")
     seeds: int = option(1, "seeds at every rate")
 
@@ -86,7 +86,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
     for (size, norm), runs in cases.items():
         tried = ", ".join(f"{accuracy_cell(same)} ({rate:g})" for rate, same in sorted(by_rate(runs).items()))
         best = by_rate(runs)[best_rate(runs)]
-        label, steps = f"{size}, {NAMES[norm]}", str(best[0]["steps"])
+        label, steps = f"{size}, {NORMS[norm].label}", str(best[0]["steps"])
         rows.append([label, steps, f"{best_rate(runs):g}", accuracy_cell(best), tried])
     first = result["runs"][0]
     note = (
@@ -121,12 +121,13 @@ def _verdict(cases: Cases) -> str:
 
 
 def _draw(figure: Figure, cases: Cases) -> None:
-    from netdeconv.lab.plots import styles_of_norms, tidy
+    from netdeconv.lab.plots import tidy
 
     axes = figure.subplots()
-    for norm, style in styles_of_norms(dict.fromkeys(norm for _, norm in cases)).items():
+    for norm in dict.fromkeys(norm for _, norm in cases):
         sizes = [size for size, one in cases if one == norm]
-        axes.plot(sizes, [_best(cases, size, norm) for size in sizes], label=NAMES[norm], **style)
+        found = [_best(cases, size, norm) for size in sizes]
+        axes.plot(sizes, found, label=NORMS[norm].label, **NORMS[norm].style)
     axes.set(xlabel="batch size", ylabel="test accuracy, %")
     axes.set_xscale("log", base=2)
     axes.legend(fontsize=8, frameon=False)

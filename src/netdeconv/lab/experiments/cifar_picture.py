@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from netdeconv.lab.experiments.trials import NAMES, accuracies, best_rate, by_rate
+from netdeconv.lab.experiments.trials import accuracies, best_rate, by_rate
+from netdeconv.lab.norms import NORMS, Norm
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,19 +32,16 @@ def draw(figure: Figure, *, title: str, panels: Mapping[str, Mapping[str, Runs]]
         panels: by title: the runs of one network by norm.
         by_epoch: along the epochs, every norm at its best rate, and not along the rates.
     """
-    from netdeconv.lab.plots import styles_of_norms
-
     rows = math.ceil(len(panels) / _MOST_COLUMNS)
     columns = math.ceil(len(panels) / rows)
     figure.set_size_inches(max(5.5, 2.5 * columns), 2.2 * rows + 1.1)
     figure.suptitle(title, fontsize=11)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    styles = styles_of_norms(dict.fromkeys(norm for runs in panels.values() for norm in runs))
     rates = sorted({run["rate"] for norms in panels.values() for runs in norms.values() for run in runs})
     for place, (name, norms) in enumerate(panels.items()):
         axes = grid.flat[place]
         for norm, runs in norms.items():
-            _line(axes, _by_epoch(runs) if by_epoch else _by_rate(runs), NAMES.get(norm, norm), styles[norm])
+            _line(axes, _by_epoch(runs) if by_epoch else _by_rate(runs), NORMS[norm])
         axes.set_title(name, fontsize=9)
         if place + columns >= len(panels):  # nothing below it
             axes.set_xlabel("epoch" if by_epoch else "learning rate", fontsize=8)
@@ -70,12 +68,12 @@ def _by_epoch(runs: Runs) -> dict[float, list[float]]:
     return {number: [100 * (value or 0.0) for value in at] for number, at in enumerate(zip(*curves, strict=True), 1)}
 
 
-def _line(axes: Axes, values: Mapping[float, Sequence[float]], label: str, style: Mapping[str, Any]) -> None:
+def _line(axes: Axes, values: Mapping[float, Sequence[float]], norm: Norm) -> None:
     """Mean over seeds, and from the worst to the best of them."""
     means = list(map(statistics.fmean, values.values()))
-    axes.plot(list(values), means, label=label, markersize=4, linewidth=1.4, **style)
+    axes.plot(list(values), means, label=norm.label, markersize=4, linewidth=1.4, **norm.style)
     lowest, highest = (list(map(end, values.values())) for end in (min, max))
-    axes.vlines(list(values), lowest, highest, color=style["color"], linewidth=1)
+    axes.vlines(list(values), lowest, highest, color=norm.style["color"], linewidth=1)
 
 
 def _ticks_at_epochs(axes: Axes, epochs: int) -> None:

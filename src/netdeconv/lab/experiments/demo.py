@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from netdeconv.lab import norms
 from netdeconv.lab.data import DigitsData
 from netdeconv.lab.experiments import demo_report
 from netdeconv.lab.experiments.demo_settings import DemoSettings
@@ -22,7 +23,7 @@ from netdeconv.lab.tasks import Classification
 
 __all__ = ["run_demo"]
 
-NAMES = {"bn": "BatchNorm", "nd": "network deconvolution"}
+NAMES = {norm: str(norms.NORMS[norm]) for norm in NORMS}
 
 # What a run's numbers depend on; everything else may change without repeating it.
 _CODE = (

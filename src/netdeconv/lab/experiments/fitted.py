@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from netdeconv import ConfigError
+from netdeconv.lab import norms
 from netdeconv.lab.data import data_root
 from netdeconv.lab.experiments.experiment import Workspace
 from netdeconv.lab.running import accelerator
@@ -23,7 +24,7 @@ from netdeconv.lab.store import read_json
 
 __all__ = ["CODE", "GENERATED", "NORMS", "Fit", "compared", "fitted", "folder_of"]
 
-NORMS = {"bn": "BatchNorm", "nd": "network deconvolution"}
+NORMS = {norm: str(norms.NORMS[norm]) for norm in ("bn", "nd")}
 GENERATED = "generated"
 
 # What the numbers of a training by the command fit depend on, besides the library.

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation, Workspace
 from netdeconv.lab.experiments.trials import (
     CODE,
-    NAMES,
     DataSets,
     Trial,
     accuracy_cell,
@@ -20,6 +19,7 @@ from netdeconv.lab.experiments.trials import (
     run_trials,
     trials_with_seeds,
 )
+from netdeconv.lab.norms import NORMS
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.report import Table
 
@@ -36,7 +36,7 @@ class MlpSettings:
     """What is trained: every norm at every rate with one seed, then the other seeds at its best rate."""
 
     datasets: tuple[str, ...] = option(("fashion_mnist", "mnist"), "data sets", choices=tuple(_DATASETS))
-    norms: tuple[str, ...] = option(("none", "bn", "nd"), "normalisations to compare", choices=tuple(NAMES))
+    norms: tuple[str, ...] = option(("none", "bn", "nd"), "normalisations to compare", choices=tuple(NORMS))
     rates: tuple[float, ...] = option((0.02, 0.1, 0.5), "learning rates for every norm")
     seeds: int = option(1, "seeds at the best rate; the other rates get one")
     epochs: int = option(2, "passes over the training images")
@@ -86,7 +86,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
             tried = ", ".join(f"{accuracy_cell(same)} ({one:g})" for one, same in sorted(by_rate(runs).items()))
             rows.append(
                 [
-                    f"{_DATASETS[dataset]}, {NAMES[norm]}",
+                    f"{_DATASETS[dataset]}, {NORMS[norm].label}",
                     f"{rate:g}",
                     f"{100 * mean_curve(best[norm], 'test/accuracy')[0]:.1f} %",
                     accuracy_cell(best[norm]),
@@ -96,12 +96,12 @@ def present(result: Mapping[str, Any]) -> Presentation:
                 ]
             )
         sentences += [
-            f"{_DATASETS[dataset]}: {gap_sentence(best['nd'], best[norm], NAMES[norm])}"
+            f"{_DATASETS[dataset]}: {gap_sentence(best['nd'], best[norm], NORMS[norm].label)}"
             for norm in best
             if norm != "nd" and "nd" in best
         ]
         edge = max(run["rate"] for run in result["runs"])
-        highest = [NAMES[norm] for norm, runs in best.items() if runs[0]["rate"] == edge]
+        highest = [NORMS[norm].label for norm, runs in best.items() if runs[0]["rate"] == edge]
         if highest:
             sentences.append(f"The best rate is the highest tried, {edge:g}, for {', '.join(highest)}.")
     first = result["runs"][0]
@@ -118,18 +118,17 @@ def present(result: Mapping[str, Any]) -> Presentation:
 
 
 def _draw(figure: Figure, cases: Mapping[tuple[str, str], list[Mapping[str, Any]]]) -> None:
-    from netdeconv.lab.plots import styles_of_norms, tidy
+    from netdeconv.lab.plots import tidy
 
     datasets = list(dict.fromkeys(dataset for dataset, _ in cases))
     figure.set_size_inches(4.2 * len(datasets), 3.4)
-    styles = styles_of_norms(NAMES)
     for axes, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True):
-        for norm, name in NAMES.items():
+        for norm, one in NORMS.items():
             if (dataset, norm) in cases:
                 runs = cases[dataset, norm]
                 losses = mean_curve(by_rate(runs)[best_rate(runs)], "train/loss")
-                label = f"{name}, rate {best_rate(runs):g}"
-                axes.plot(range(1, len(losses) + 1), losses, label=label, markersize=4, **styles[norm])
+                label = f"{one.label}, rate {best_rate(runs):g}"
+                axes.plot(range(1, len(losses) + 1), losses, label=label, markersize=4, **one.style)
         axes.set(xlabel="epoch", ylabel="training loss", title=_DATASETS[dataset], yscale="log")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=8, frameon=False)

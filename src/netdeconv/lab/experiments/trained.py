@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netdeconv.lab import norms
 from netdeconv.lab.checkpoint import read_state_dict
 from netdeconv.lab.data import create_data, first_images
 from netdeconv.lab.experiments.experiment import LIBRARY, Workspace
@@ -22,7 +23,7 @@ from netdeconv.lab.training.settings import Network, build_task
 
 __all__ = ["CODE", "NORMS", "Trained", "TrainedSettings", "test_images", "trained", "training_line"]
 
-NORMS = {"bn": "BatchNorm", "nd": "network deconvolution"}
+NORMS = {norm: str(norms.NORMS[norm]) for norm in ("bn", "nd")}
 
 CODE = ("lab/tasks.py", "lab/schedules.py", "lab/running.py", "lab/experiments/trained.py")
 

@@ -16,13 +16,13 @@ from netdeconv.lab.data import create_data
 from netdeconv.lab.experiments.experiment import Workspace
 from netdeconv.lab.networks import network
 from netdeconv.lab.norms import with_norm
+from netdeconv.lab.optimizers import make_optimizer
 from netdeconv.lab.run_record import RunRecord
 from netdeconv.lab.running import fit
 from netdeconv.lab.tasks import Classification
 
 __all__ = [
     "CODE",
-    "NAMES",
     "Trial",
     "accuracies",
     "accuracy_cell",
@@ -34,24 +34,16 @@ __all__ = [
     "trials_with_seeds",
 ]
 
-# Of the norms, in tables.
-NAMES = {
-    "none": "no normalisation",
-    "bn": "BatchNorm",
-    "nd": "ND",
-    "nd-paper": "ND, published procedure",
-    "nd-authors": "ND, authors' networks",
-}
-
 # What a trial's numbers depend on, besides the library.
-CODE = ("lab/experiments/trials.py", "lab/run_record.py", "lab/running.py", "lab/schedules.py", "lab/tasks.py")
-
-_MOMENTUM = 0.9
+CODE = (
+    "lab/experiments/trials.py", "lab/optimizers.py", "lab/run_record.py", "lab/running.py", "lab/schedules.py",
+    "lab/tasks.py",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One training with SGD, momentum 0.9, and a rate that falls to zero on a cosine over all steps.
+    """One training, with a rate that falls to zero on a cosine over all steps; SGD has momentum 0.9.
 
     Args:
         dataset: by its name.
@@ -63,6 +55,7 @@ class Trial:
         steps: training steps, fewer than an epoch has; ``None`` for all.
         batch_size, weight_decay: as named.
         whitening: settings that differ from the norm's own.
+        optimizer: one of :data:`netdeconv.lab.optimizers.OPTIMIZERS`; the weight decay is SGD's.
         channels_last: store images and weights with the channels last, which changes the speed only.
     """
 
@@ -78,12 +71,14 @@ class Trial:
     weight_decay: float = 1e-3
     whitening: tuple[tuple[str, Any], ...] = ()
     channels_last: bool = False
+    optimizer: str = "sgd"
 
     @property
     def name(self) -> str:
         """For the file and the progress."""
         changed = "".join(f"-{key}-{value}" for key, value in self.whitening)
-        return f"{self.network}-{self.norm}{changed}-batch{self.batch_size}-rate{self.rate:g}-seed{self.seed}"
+        by = "" if self.optimizer == "sgd" else f"-{self.optimizer}"
+        return f"{self.network}-{self.norm}{by}{changed}-batch{self.batch_size}-rate{self.rate:g}-seed{self.seed}"
 
 
 class DataSets:
@@ -134,11 +129,11 @@ def train(trial: Trial, data: Any, workspace: Workspace) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(trial.seed)
         net = make_network(trial, data)
-        sgd = partial(torch.optim.SGD, lr=trial.rate, momentum=_MOMENTUM, weight_decay=trial.weight_decay)
+        optimizer = make_optimizer(trial.optimizer, rate=trial.rate, weight_decay=trial.weight_decay)
         loaders = data.val_dataloader()
         parts = ("validation", "test") if isinstance(loaders, list) else ("test",)
         task = Classification(
-            net, classes=data.num_classes, optimizer=sgd, parts=parts, channels_last=trial.channels_last
+            net, classes=data.num_classes, optimizer=optimizer, parts=parts, channels_last=trial.channels_last
         )
         record = RunRecord()
         steps = len(data.train_dataloader()) if trial.steps is None else trial.steps
