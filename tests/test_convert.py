@@ -348,6 +348,12 @@ def test_rules() -> None:
         netdeconv.convert(model, rules={Doubled: lambda layer: nn.Sequential(layer)})
 
 
+def test_a_class_in_include_covers_what_its_rule_makes() -> None:
+    model = nn.Sequential(Doubled(3, 4, 1), nn.Linear(4, 4))
+    converted = netdeconv.convert(model, rules={Doubled: plain_of}, include=Doubled)
+    assert type(converted[0]) is WhitenedConv2d and type(converted[1]) is nn.Linear
+
+
 def test_batch_norms_left_are_reported_unless_asked_for() -> None:
     class Odd(nn.BatchNorm2d):
         def forward(self, x: Tensor) -> Tensor:
