@@ -297,6 +297,18 @@ def test_a_batch_norm_without_statistics_stays() -> None:
     assert max_relative_error(converted(x), model(x)) < PRESERVED_TOLERANCE
 
 
+def test_a_batch_norm_that_is_written_out_goes_behind_a_layer_that_stays() -> None:
+    class Reads(ConvNormAct):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.conv.weight.sum()
+
+    model, x = trained(Reads(3)), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"left as they were, to preserve the output: conv \(its weight is read"):
+        converted = netdeconv.convert(model, include=[nn.Conv2d, "norm"], preserve=x)
+    assert type(converted.conv) is nn.Conv2d and kinds(converted, ChannelAffine) == ["norm"]
+    torch.testing.assert_close(converted(x), model(x))
+
+
 def test_flags_modes_and_random_numbers_stay() -> None:
     model = randomise_statistics(create("vgg11", width=0.125))
     model.features[0].requires_grad_(False)

@@ -8,8 +8,8 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from netdeconv.errors import ConfigError
-from netdeconv.nn import Whitening
 from netdeconv.nn.layer import WhitenedLayer
+from netdeconv.nn.whitening import Whitening
 
 __all__ = ["load_published"]
 

@@ -184,7 +184,7 @@ def _converted(
             if entry.action in (Action.WHITEN, Action.REMOVE) and entry.build is not None:
                 become(module, entry.build(module))
         if example is None:
-            FirstRun(in_doubt, included, in_place).install(new)
+            FirstRun(in_doubt, included, in_place if in_doubt else []).install(new)
     if not plan.where(Action.REMOVE, Action.WAIT, Action.FOLD, Action.AFFINE):
         for module in in_place:
             module.inplace = True

@@ -131,30 +131,29 @@ def preserved(
         plan = decide(record)
         paths = {model.get_submodule(entry.path): entry.path for entry in plan}
         modules: dict[str, Any] = {path: module for module, path in paths.items()}
-        done: dict[str, tuple[Action, str]] = {}
-        targets: dict[Any, tuple[Tensor, Tensor]] = {}  # weight and bias of the plain layer
-        for entry in plan.where(Action.WHITEN, Action.LEAVE):
+        plain: dict[Any, str] = {}  # layers that are left after all
+        targets: dict[Any, tuple[Tensor, Tensor]] = {}  # weight and bias of the others, were they plain
+        for entry in plan.where(Action.WHITEN):
             layer = modules[entry.path]
-            if entry.action is Action.LEAVE:
-                why = entry.why if layer in twins and layer in record.weights else None  # to be warned of
-            elif layer in sharing:
-                why = "it shares parameters with another module"
+            if layer in sharing:
+                plain[layer] = "it shares parameters with another module"
             elif layer in record.weights:
-                why = f"its weight is read elsewhere ({record.weights[layer]})"
+                plain[layer] = f"its weight is read elsewhere ({record.weights[layer]})"
+            elif not gatherers[layer].total:
+                plain[layer] = "the data never reach it"
             else:
-                why = None if gatherers[layer].total else "the data never reach it"
-                if why is None:
-                    targets[layer] = _plain_parameters(layer)
-            if why is not None:
-                done[entry.path] = (Action.LEAVE, why)
+                targets[layer] = _plain_parameters(layer)
+        left, read = plan.where(Action.LEAVE), set(twins) & set(record.weights)  # which are to be warned of, too
+        done = {entry.path: (Action.LEAVE, entry.why) for entry in left if modules[entry.path] in read}
+        done |= {paths[layer]: (Action.LEAVE, why) for layer, why in plain.items()}
         feeds = {norm: layer for norm, layer in record.feeds().items() if not (_has_hooks(norm) or _has_hooks(layer))}
         for entry in plan.where(Action.REMOVE):
             norm, build = modules[entry.path], entry.build
             assert isinstance(build, BatchNorm)
-            plain = sorted(paths[layer] for layer in record.makers(norm) if paths[layer] in done)
+            before = sorted(paths[layer] for layer in record.makers(norm) if layer in plain)
             layer, affine = feeds.get(norm, norm), scale_and_shift(norm)
-            if plain:
-                done[entry.path] = (Action.LEAVE, f"it normalises the output of {plain[0]}, which is left")
+            if before:
+                done[entry.path] = (Action.LEAVE, f"it normalises the output of {before[0]}, which is left")
             elif affine is None:
                 done[entry.path] = (Action.LEAVE, "it has no running statistics, so evaluation depends on the batch")
             elif layer in targets:
@@ -173,9 +172,9 @@ def preserved(
             done[paths[layer]] = (Action.WHITEN, "evaluates as before")
         _check_outputs(model, seen, call)
     result = plan.changed(done)
-    left = [f"{entry.path} ({entry.why})" for entry in result.where(Action.LEAVE) if entry.path in done]
-    if left:
-        warnings.warn(f"convert: left as they were, to preserve the output: {shown(left)}.", UserWarning, stacklevel=5)
+    said = [f"{entry.path} ({entry.why})" for entry in result.where(Action.LEAVE) if entry.path in done]
+    if said:
+        warnings.warn(f"convert: left as they were, to preserve the output: {shown(said)}.", UserWarning, stacklevel=5)
     return result
 
 

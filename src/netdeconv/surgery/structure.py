@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from netdeconv.surgery.layers import holds_modules, is_layer, is_whitened
 from netdeconv.surgery.norms import is_like_batch_norm
 
-__all__ = ["Neighbours", "Structure", "is_pointwise"]
+__all__ = ["Structure", "is_pointwise"]
 
 _POOLINGS: tuple[Any, ...] = (
     nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
