@@ -1,4 +1,4 @@
-"""Experiments on what whitening looks like, and those that train by the command fit: small runs, verdicts by hand."""
+"""Experiments on what whitening looks like, and those that train by the command fit: small runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ def test_filters_of_photographs_have_a_centre_and_a_surround(tmp_path: Path) -> 
         assert exact["negative_share"] > 0.8
         assert five["peak"] < exact["peak"] <= zca["peak"]
     assert found["colour", "steps5"]["negative_share"] < 0.5
-    assert "2 of 2 filters" in outcome.presentation.verdict
     assert (tmp_path / "filters" / "filters-photographs-grey.png").is_file()
 
 
@@ -73,7 +72,6 @@ def test_networks_are_trained_once_for_both_experiments(
     (five, exact) = (one["whitened"]["kurtosis"] for one in result["photographs"])
     assert result["photographs"][0]["raw"]["kurtosis"] < 3 < five < exact
     for outcome in (correlation, sparsity):
-        assert "The claim holds" in outcome.presentation.verdict
         assert len(list(outcome.folder.glob("*.png"))) == 2
 
 
@@ -83,7 +81,6 @@ def test_the_command_fit_trains_what_is_compared(tmp_path: Path, monkeypatch: py
     assert [(run["norm"], run["rate"]) for run in runs] == [("bn", 0.1), ("bn", 0.02), ("nd", 0.1)]
     assert all(math.isfinite(run["epochs"][0]["train/loss"]) and run["parameters"] > 1000 for run in runs)
     assert len(list((tmp_path / "imagenet" / "fits").glob("*/checkpoints/last.ckpt"))) == 3
-    assert outcome.presentation.verdict.startswith("Generated images: this shows that the pipeline runs")
     assert outcome.presentation.tables[1].rows[0][:2] == ["vgg11", "none"]
     # What is finished is found again, though its images were generated anew and in another place.
     monkeypatch.setattr(fitted, "fitted", lambda *_: pytest.fail("trained again"))
@@ -106,10 +103,9 @@ def test_data_that_are_not_there_are_said(tmp_path: Path, monkeypatch: pytest.Mo
         carried_out("cityscapes", tmp_path, data="streets")
 
 
-def presented(*runs: tuple[str, float, float | None], data: str = "streets") -> Presentation:
+def presented(*runs: tuple[str, float, float | None]) -> Presentation:
     """Of trainings by norm, rate and the measure after the last epoch; ``None`` as a loss that is not finite."""
     result = {
-        "settings": {"data": data},
         "runs": [
             {
                 "norm": norm,
@@ -121,21 +117,6 @@ def presented(*runs: tuple[str, float, float | None], data: str = "streets") -> 
         ],
     }
     return present_fits(result, Measure("validation/miou", "mIoU"), note="", name="x")
-
-
-@pytest.mark.parametrize(
-    ("runs", "verdict"),
-    [
-        ([("bn", 0.1, 0.2), ("bn", 0.02, 0.3), ("nd", 0.1, 0.4)], "is ahead: mIoU 40.0 %"),
-        ([("bn", 0.1, 0.2), ("bn", 0.02, 0.5), ("nd", 0.1, 0.4)], "is not ahead: mIoU 40.0 %"),
-        ([("bn", 0.1, 0.2), ("nd", 0.1, 0.1), ("nd", 0.02, 0.3)], "30.0 % for network deconvolution at rate 0.02"),
-        ([("bn", 0.1, 0.2), ("bn", 0.02, 0.3), ("nd", 0.1, 0.4)], "own rate batch normalisation has 20.0 %"),
-        ([("bn", 0.1, 0.2)], "nothing to compare"),
-        ([("bn", 0.1, 0.2), ("nd", 0.1, None)], "nothing to compare"),
-    ],
-)
-def test_each_method_counts_at_its_own_best_rate(runs: list[tuple[str, float, float | None]], verdict: str) -> None:
-    assert verdict in presented(*runs).verdict
 
 
 def test_seeds_are_averaged_and_divergence_is_shown() -> None:

@@ -23,7 +23,6 @@ from netdeconv.errors import ConfigError
 from netdeconv.lab.data import DigitsData, TensorBatches
 from netdeconv.lab.experiments import demo, demo_numbers, demo_report
 from netdeconv.lab.networks import SmallConvNet
-from netdeconv.lab.report import Page, Table
 from netdeconv.lab.run_record import with_fresh_statistics
 from netdeconv.lab.store import RunStore, read_json, write_json
 
@@ -198,21 +197,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_json(path, {"a": object()})
     assert read_json(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["numbers.json"]
-
-
-def test_table_aligns_and_escapes() -> None:
-    table = Table(["", "a & b"], [["x", "1 ± 2"], ["longer", "3"]])
-    assert table.to_text().splitlines() == ["        a & b", "------  -----", "x       1 ± 2", "longer      3"]
-    assert "a &amp; b" in table.to_html()
-    with pytest.raises(ValueError, match="expected 2 cells"):
-        Table(["a", "b"], [["1"]])
-
-
-def test_page_escapes_text() -> None:
-    page = Page("a < b")
-    page.paragraph("<b>")
-    assert "<title>a &lt; b</title>" in page.to_html()
-    assert "<p>&lt;b&gt;</p>" in page.to_html()
 
 
 def test_a_network_with_fresh_statistics_equals_one_batch_of_training() -> None:

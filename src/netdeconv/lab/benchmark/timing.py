@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 __all__ = ["Contestant", "Race", "race", "steady_plan"]
 
 _RESAMPLES = 400
-_INTERVAL = (0.025, 0.975)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,18 +47,16 @@ class Race:
         ``step`` is the median, for a periodic contestant the mean of the medians of ordinary and refresh steps,
         weighted by how often they come.
         """
-        seconds, period = self.times[name], self.periods[name]
+        seconds, period = np.asarray(self.times[name]), self.periods[name]
         result: dict[str, Any] = {
-            "step": self._cost(seconds, period, range(len(self.plan))),
-            "median": statistics.median(seconds),
-            "quartiles": _quartiles(seconds),
-            "mean": statistics.fmean(seconds),
+            "step": self._cost(seconds, period, np.arange(len(self.plan))),
+            **_quartiles(seconds),
+            "mean": float(seconds.mean()),
             "period": period,
         }
         if period > 1:
-            for kind, wanted in (("ordinary", False), ("refresh", True)):
-                of_kind = [s for s, refresh in zip(seconds, self.plan, strict=True) if refresh is wanted]
-                result[kind] = {"median": statistics.median(of_kind), "quartiles": _quartiles(of_kind)}
+            refresh = np.asarray(self.plan)
+            result |= {"ordinary": _quartiles(seconds[~refresh]), "refresh": _quartiles(seconds[refresh])}
         return result
 
     def ratio(self, name: str, other: str) -> dict[str, Any]:
@@ -68,36 +65,37 @@ class Race:
         All times are divided by those of ``other`` in the same round first. The interval comes from drawing
         rounds anew, those with a refresh and those without apart; seeded, so that it is the same every time.
         """
-        rounds = range(len(self.plan))
-        refresh = [i for i in rounds if self.plan[i]]
-        ordinary = [i for i in rounds if not self.plan[i]]
-        draw = random.Random(0)
-        value = self._ratio(name, other, rounds)
-        drawn = sorted(
-            self._ratio(name, other, [*draw.choices(refresh, k=len(refresh)), *draw.choices(ordinary, k=len(ordinary))])
-            if refresh and ordinary
-            else self._ratio(name, other, draw.choices(rounds, k=len(rounds)))
-            for _ in range(_RESAMPLES)
-        )
-        low, high = (drawn[round(share * (_RESAMPLES - 1))] for share in _INTERVAL)
-        return {"value": value, "interval": [low, high]}
+        from scipy.stats import bootstrap
 
-    def _ratio(self, name: str, other: str, rounds: Sequence[int]) -> float:
+        kinds = [np.flatnonzero(np.equal(self.plan, refresh)) for refresh in (True, False)]
+        fixed = [kind for kind in kinds if len(kind) == 1]
+        drawn = [kind for kind in kinds if len(kind) > 1]
+
+        def value(*rounds: np.ndarray) -> float:
+            return self._ratio(name, other, np.concatenate([*rounds, *fixed]))
+
+        found = value(*drawn)
+        if not drawn:
+            return {"value": found, "interval": [found, found]}
+        interval = bootstrap(
+            drawn, value, n_resamples=_RESAMPLES, vectorized=False, method="percentile", rng=np.random.default_rng(0)
+        ).confidence_interval
+        return {"value": found, "interval": [float(interval.low), float(interval.high)]}
+
+    def _ratio(self, name: str, other: str, rounds: np.ndarray) -> float:
+        mine, theirs = (np.asarray(self.times[one]) for one in (name, other))
         # A periodic contestant below the line is turned over: its own rounds differ, the other's do not.
         if self.periods[other] > 1 and self.periods[name] == 1:
             return 1 / self._ratio(other, name, rounds)
         if self.periods[other] > 1:
-            return self._cost(self.times[name], self.periods[name], rounds) / self._cost(
-                self.times[other], self.periods[other], rounds
-            )
-        relative = [mine / its for mine, its in zip(self.times[name], self.times[other], strict=True)]
-        return self._cost(relative, self.periods[name], rounds)
+            return self._cost(mine, self.periods[name], rounds) / self._cost(theirs, self.periods[other], rounds)
+        return self._cost(mine / theirs, self.periods[name], rounds)
 
-    def _cost(self, values: Sequence[float], period: int, rounds: Sequence[int]) -> float:
+    def _cost(self, values: np.ndarray, period: int, rounds: np.ndarray) -> float:
         if period == 1:
-            return statistics.median(values[i] for i in rounds)
-        refresh = statistics.median(values[i] for i in rounds if self.plan[i])
-        ordinary = statistics.median(values[i] for i in rounds if not self.plan[i])
+            return float(np.median(values[rounds]))
+        refreshed = np.asarray(self.plan)[rounds]
+        refresh, ordinary = (float(np.median(values[rounds][refreshed == flag])) for flag in (True, False))
         return (refresh + (period - 1) * ordinary) / period
 
 
@@ -172,8 +170,6 @@ def _mark(on_gpu: bool) -> Any:
     return event
 
 
-def _quartiles(values: Sequence[float]) -> list[float]:
-    if len(values) < 2:
-        return [values[0], values[0]]
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return [first, third]
+def _quartiles(seconds: np.ndarray) -> dict[str, Any]:
+    first, middle, third = np.percentile(seconds, (25, 50, 75)).tolist()
+    return {"median": middle, "quartiles": [first, third]}

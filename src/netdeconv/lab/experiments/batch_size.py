@@ -99,25 +99,12 @@ def present(result: Mapping[str, Any]) -> Presentation:
     table = Table(columns, rows, title="Test accuracy by batch size", note=note)
     caption = "Test accuracy by batch size, each norm at its best rate."
     picture = Picture("batch-size", caption, lambda figure: _draw(figure, cases))
-    return Presentation(_verdict(cases), [table], [picture])
+    return Presentation([table], [picture])
 
 
 def _best(cases: Cases, size: int, norm: str) -> float:
     runs = cases[size, norm]
     return statistics.fmean(accuracies(by_rate(runs)[best_rate(runs)]))
-
-
-def _verdict(cases: Cases) -> str:
-    sizes = [size for size, norm in cases if norm == "nd" and (size, "bn") in cases]
-    if not sizes:
-        return "Nothing to compare yet."
-    gaps = {size: _best(cases, size, "nd") - _best(cases, size, "bn") for size in sizes}
-    told = ", ".join(f"{gap:+.1f} at {size}" for size, gap in gaps.items())
-    ahead = sum(gap > 0 for gap in gaps.values())
-    return (
-        f"Network deconvolution is ahead of batch normalisation, both at their best rates, at {ahead} of {len(sizes)} "
-        f"batch sizes (points: {told})."
-    )
 
 
 def _draw(figure: Figure, cases: Cases) -> None:

@@ -159,7 +159,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
         "Operations that whitening adds, and time, for each layer as shares of the plain convolution's.",
         lambda figure: _draw(figure, layers),
     )
-    return Presentation(_verdict(layers), [cost, others], [picture])
+    return Presentation([cost, others], [picture])
 
 
 def _ms(seconds: float) -> str:
@@ -169,23 +169,6 @@ def _ms(seconds: float) -> str:
 def _range(ratio: tuple[float, float]) -> str:
     low, high = ratio
     return f"{low:g}x" if low == high else f"{low:g}x to {high:g}x"
-
-
-def _verdict(layers: list[Mapping[str, Any]]) -> str:
-    words = []
-    for method, name in _METHODS.items():
-        time = _time(layers, method) - 1
-        fraction = max(_total(layers, method), time) < 1
-        words.append(
-            f"The {name} procedure adds {100 * _total(layers, method):.0f} % of the convolutions' operations and "
-            f"{100 * time:.0f} % of their time, which is {'' if fraction else 'not '}a fraction."
-        )
-    most = max(layers, key=lambda layer: _added(layer, "paper"))
-    words.append(
-        f"The dearest layer of the published procedure is {most['name']}: {_added(most, 'paper'):.1f} times the "
-        f"convolution's operations, {_added(most, 'default'):.2f} times with the default."
-    )
-    return " ".join(words)
 
 
 def _draw(figure: Figure, layers: list[Mapping[str, Any]]) -> None:

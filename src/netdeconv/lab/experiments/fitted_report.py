@@ -1,4 +1,4 @@
-"""Tables, curves and verdict of trainings by ``netdeconv fit``."""
+"""Tables and curves of trainings by ``netdeconv fit``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from netdeconv.lab.experiments.experiment import Picture, Presentation
-from netdeconv.lab.experiments.fitted import GENERATED, NORMS
+from netdeconv.lab.experiments.fitted import NORMS
 from netdeconv.lab.report import Table
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Measure:
 def present_fits(
     result: Mapping[str, Any], measure: Measure, *, note: str, name: str, published: Sequence[Table] = ()
 ) -> Presentation:
-    """A row for every method and rate, the curves, and who is ahead.
+    """A row for every method and rate, and the curves.
 
     Args:
         result: of :func:`netdeconv.lab.experiments.fitted.compared`.
@@ -43,10 +43,7 @@ def present_fits(
         f"Training loss and {measure.title} by epoch, mean over the seeds.",
         lambda figure: _draw(figure, groups, measure),
     )
-    verdict = _verdict(groups, measure)
-    if result["settings"]["data"] == GENERATED:
-        verdict = f"Generated images: this shows that the pipeline runs, and nothing of the claim. {verdict}"
-    return Presentation(verdict, [_table(groups, measure, note), *published], [figure])
+    return Presentation([_table(groups, measure, note), *published], [figure])
 
 
 Group = tuple[str, float]
@@ -106,29 +103,6 @@ def _number(values: Sequence[float]) -> str:
         return "diverged"
     mean = statistics.fmean(values)
     return f"{mean:.3f}" if abs(mean) < _LARGE else f"{mean:.1e}"
-
-
-def _verdict(groups: Mapping[Group, Sequence[Mapping[str, Any]]], measure: Measure) -> str:
-    best: dict[str, tuple[float, float]] = {}  # norm -> measure, rate
-    for (norm, rate), runs in groups.items():
-        values = _last(runs, measure.logged)
-        if values and len(values) == len(runs):
-            best[norm] = max(best.get(norm, (-1.0, 0.0)), (statistics.fmean(values), rate))
-    if len(best) < 2:
-        return "Only one method has come to an end so far, or the other has diverged: nothing to compare."
-    (bn, bn_rate), (nd, nd_rate) = best["bn"], best["nd"]
-    seeds = max(len(runs) for runs in groups.values())
-    tried = sorted(rate for norm, rate in groups if norm == "bn")
-    line = (
-        f"{'Network deconvolution is ahead' if nd > bn else 'Network deconvolution is not ahead'}: {measure.title} "
-        f"{100 * nd:.1f} % for network deconvolution at rate {nd_rate:g}, {100 * bn:.1f} % for batch normalisation at "
-        f"{bn_rate:g}"
-    )
-    line += f", the best of its rates {', '.join(f'{rate:g}' for rate in tried)}" if len(tried) > 1 else ""
-    same = groups.get(("bn", nd_rate))
-    if same and bn_rate != nd_rate and (values := _last(same, measure.logged)):
-        line += f"; at network deconvolution's own rate batch normalisation has {_percent(values)}"
-    return line + (". One seed: no spread is known." if seeds == 1 else f". {seeds} seeds.")
 
 
 def _draw(figure: Figure, groups: Mapping[Group, Sequence[Mapping[str, Any]]], measure: Measure) -> None:

@@ -15,7 +15,6 @@ from netdeconv.lab.experiments.trials import (
     accuracy_cell,
     best_rate,
     by_rate,
-    gap_sentence,
     mean_curve,
     run_trials,
     trials_with_seeds,
@@ -75,35 +74,23 @@ def present(result: Mapping[str, Any]) -> Presentation:
     cases: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for run in result["runs"]:
         cases.setdefault((run["dataset"], run["norm"]), []).append(run)
-    rows, sentences = [], []
-    for dataset in dict.fromkeys(dataset for dataset, _ in cases):
-        best = {}
-        for norm in (norm for one, norm in cases if one == dataset):
-            runs = cases[dataset, norm]
-            rate = best_rate(runs)
-            best[norm] = by_rate(runs)[rate]
-            losses = mean_curve(best[norm], "train/loss")
-            tried = ", ".join(f"{accuracy_cell(same)} ({one:g})" for one, same in sorted(by_rate(runs).items()))
-            rows.append(
-                [
-                    f"{_DATASETS[dataset]}, {NAMES[norm]}",
-                    f"{rate:g}",
-                    f"{100 * mean_curve(best[norm], 'test/accuracy')[0]:.1f} %",
-                    accuracy_cell(best[norm]),
-                    f"{losses[0]:.3f}",
-                    f"{losses[-1]:.3f}",
-                    tried,
-                ]
-            )
-        sentences += [
-            f"{_DATASETS[dataset]}: {gap_sentence(best['nd'], best[norm], NAMES[norm])}"
-            for norm in best
-            if norm != "nd" and "nd" in best
-        ]
-        edge = max(run["rate"] for run in result["runs"])
-        highest = [NAMES[norm] for norm, runs in best.items() if runs[0]["rate"] == edge]
-        if highest:
-            sentences.append(f"The best rate is the highest tried, {edge:g}, for {', '.join(highest)}.")
+    rows = []
+    for (dataset, norm), runs in cases.items():
+        rate = best_rate(runs)
+        best = by_rate(runs)[rate]
+        losses = mean_curve(best, "train/loss")
+        tried = ", ".join(f"{accuracy_cell(same)} ({one:g})" for one, same in sorted(by_rate(runs).items()))
+        rows.append(
+            [
+                f"{_DATASETS[dataset]}, {NAMES[norm]}",
+                f"{rate:g}",
+                f"{100 * mean_curve(best, 'test/accuracy')[0]:.1f} %",
+                accuracy_cell(best),
+                f"{losses[0]:.3f}",
+                f"{losses[-1]:.3f}",
+                tried,
+            ]
+        )
     first = result["runs"][0]
     columns = ["data, norm", "best rate", "accuracy, epoch 1", "at the end", "loss, epoch 1", "at the end", "all rates"]
     note = (
@@ -114,7 +101,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
     )
     table = Table(columns, rows, title="Multi-layer perceptron", note=note)
     figure = Picture("mlp-loss", "Training loss by epoch, each norm at its best rate.", lambda f: _draw(f, cases))
-    return Presentation(" ".join(sentences), [table], [figure])
+    return Presentation([table], [figure])
 
 
 def _draw(figure: Figure, cases: Mapping[tuple[str, str], list[Mapping[str, Any]]]) -> None:
