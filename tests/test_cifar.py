@@ -189,9 +189,9 @@ def test_several_processes_share_the_trainings(root: Path, tmp_path: Path) -> No
     command = [sys.executable, "-m", "netdeconv.cli", "reproduce", "cifar", "--out", str(tmp_path), "--threads", "1"]
     command += ["--networks", "vgg11@0.03", "--batch-size", "8"]
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    told = [one.communicate(timeout=300)[1] for one in both]
+    printed = [one.communicate(timeout=300)[1] for one in both]
     assert [one.returncode for one in both] == [0, 0]
-    lines = [line.rpartition(":")[0] for text in told for line in text.splitlines() if line.startswith("vgg11")]
+    lines = [line.rpartition(":")[0] for text in printed for line in text.splitlines() if line.startswith("vgg11")]
     assert len(lines) == len(set(lines)) == 10
     record = json.loads((tmp_path / "cifar" / "result.json").read_text())
     assert record["complete"] and len(record["result"]["runs"]) == 10

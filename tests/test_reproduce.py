@@ -229,9 +229,9 @@ def test_all_goes_on_where_one_has_no_data(
     monkeypatch.setattr("netdeconv.lab.reproduce_command.EXPERIMENTS", dict.fromkeys(both, ("", "")))
     monkeypatch.setattr("netdeconv.lab.reproduce_command.load", both.__getitem__)
     assert main(["reproduce", "all", "--out", str(tmp_path), "--quiet"]) == 2
-    told = capsys.readouterr()
-    assert "1 of 2 experiments could not run. other: expected data in a folder" in told.err
-    assert "Numbers have squares." in told.out
+    printed = capsys.readouterr()
+    assert "1 of 2 experiments could not run. other: expected data in a folder" in printed.err
+    assert "Numbers have squares." in printed.out
 
 
 def test_an_experiment_has_all_sizes() -> None:

@@ -122,7 +122,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
     note = (
         f"{first['network']} at width {first['width']:g} on {first['dataset']}, {first['steps']} steps of batch "
         f"{first['batch_size']}, rate {first['rate']:g} on a cosine to 0, weight decay {first['weight_decay']:g}; "
-        "loss: training loss, mean over the last epoch's steps; test accuracy with the remembered statistics. The "
+        "loss: training loss, mean over the last epoch's steps; test accuracy with the running statistics. The "
         "default's seeds "
         f"{'have a standard deviation of ' + format(noise, '.1f') + ' points' if noise is not None else 'are one'}: a "
         "difference below twice that means little for a single seed. Time: median over the steps, so without most "

@@ -92,7 +92,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
     note = (
         f"{first['network']} at width {first['width']:g} on {first['dataset']}: the same number of images for every "
         f"batch size, one pass, rates on a cosine to 0, weight decay {first['weight_decay']:g}, "
-        f"{len({run['seed'] for run in result['runs']})} seed(s); test accuracy with the remembered statistics. Best "
+        f"{len({run['seed'] for run in result['runs']})} seed(s); test accuracy with the running statistics. Best "
         "rate: best on the test images, for all alike."
     )
     columns = ["batch size, norm", "steps", "best rate", "test accuracy", "all rates"]

@@ -12,7 +12,7 @@ from torch import nn
 from netdeconv import WhiteningConfig
 from netdeconv.lab import published
 from netdeconv.lab.benchmark.scaling import LayerStep
-from netdeconv.lab.benchmark.timing import Contestant, race
+from netdeconv.lab.benchmark.timing import Candidate, interleaved_times
 from netdeconv.lab.experiments.cost_flops import Convolution, convolutions, whitening_flops
 from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation, Workspace
 from netdeconv.lab.networks import network
@@ -37,7 +37,7 @@ class CostSettings:
     width: float = option(1.0, "factor on its channels")
     batch_size: int = option(128, "images in a batch")
     image_size: int = option(32, "height and width of the images")
-    rounds: int = option(4, "steps of each contestant with a refresh, and twice as many without")
+    rounds: int = option(4, "steps of each candidate with a refresh, and twice as many without")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -64,8 +64,8 @@ def _measure(one: Convolution, settings: CostSettings, workspace: Workspace) -> 
         for refresh in (True, False):
             step.prepare(refresh)
             step()
-    found = race(
-        [Contestant(name, steps[name], steps[name].period, steps[name].prepare) for name in _TIMED],
+    found = interleaved_times(
+        [Candidate(name, steps[name], steps[name].period, steps[name].prepare) for name in _TIMED],
         plan,
         device=x.device,
         tick=workspace.progress.step,
