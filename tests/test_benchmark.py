@@ -28,7 +28,7 @@ from netdeconv.lab.benchmark.settings import (
     StepSettings,
 )
 from netdeconv.lab.benchmark.timing import Contestant, Race, race, steady_plan
-from netdeconv.lab.running import threads
+from netdeconv.lab.devices import threads
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {"network": "resnet18", "width": 0.0625, "batch": 4, "size": 8, "threads": 1}

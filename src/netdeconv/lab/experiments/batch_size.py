@@ -9,19 +9,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from netdeconv import ConfigError
-from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation, Workspace
-from netdeconv.lab.experiments.trials import (
-    CODE,
-    NAMES,
-    Trial,
-    accuracies,
-    accuracy_cell,
-    best_rate,
-    by_rate,
-    run_trials,
-)
+from netdeconv.lab.experiments.comparison import NAMES, accuracy_cell, best, best_rate, by_rate, finals, line
+from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.report import Table
+from netdeconv.lab.train import CODE, Training, run_trainings
+from netdeconv.lab.workspace import Workspace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +48,7 @@ class BatchSizeSettings:
 def run(settings: BatchSizeSettings, workspace: Workspace) -> Mapping[str, Any]:
     """Train what is not finished yet."""
     plan = [
-        Trial(
+        Training(
             dataset=settings.dataset,
             network=settings.network,
             width=settings.width,
@@ -70,8 +63,7 @@ def run(settings: BatchSizeSettings, workspace: Workspace) -> Mapping[str, Any]:
         for rate in settings.rates
         for norm in settings.norms
     ]
-    workspace.progress.expect(len(plan))
-    return {"runs": run_trials(plan, workspace)}
+    return run_trainings(plan, workspace)
 
 
 Cases = Mapping[tuple[int, str], list[Mapping[str, Any]]]
@@ -85,9 +77,8 @@ def present(result: Mapping[str, Any]) -> Presentation:
     rows = []
     for (size, norm), runs in cases.items():
         tried = ", ".join(f"{accuracy_cell(same)} ({rate:g})" for rate, same in sorted(by_rate(runs).items()))
-        best = by_rate(runs)[best_rate(runs)]
-        label, steps = f"{size}, {NAMES[norm]}", str(best[0]["steps"])
-        rows.append([label, steps, f"{best_rate(runs):g}", accuracy_cell(best), tried])
+        label, steps = f"{size}, {NAMES[norm]}", str(runs[0]["steps"])
+        rows.append([label, steps, f"{best_rate(runs):g}", accuracy_cell(best(runs)), tried])
     first = result["runs"][0]
     note = (
         f"{first['network']} at width {first['width']:g} on {first['dataset']}: the same number of images for every "
@@ -103,8 +94,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
 
 
 def _best(cases: Cases, size: int, norm: str) -> float:
-    runs = cases[size, norm]
-    return statistics.fmean(accuracies(by_rate(runs)[best_rate(runs)]))
+    return statistics.fmean(finals(best(cases[size, norm])))
 
 
 def _verdict(cases: Cases) -> str:
@@ -112,11 +102,11 @@ def _verdict(cases: Cases) -> str:
     if not sizes:
         return "Nothing to compare yet."
     gaps = {size: _best(cases, size, "nd") - _best(cases, size, "bn") for size in sizes}
-    told = ", ".join(f"{gap:+.1f} at {size}" for size, gap in gaps.items())
+    points = ", ".join(f"{gap:+.1f} at {size}" for size, gap in gaps.items())
     ahead = sum(gap > 0 for gap in gaps.values())
     return (
         f"Network deconvolution is ahead of batch normalisation, both at their best rates, at {ahead} of {len(sizes)} "
-        f"batch sizes (points: {told})."
+        f"batch sizes (points: {points})."
     )
 
 
@@ -125,8 +115,7 @@ def _draw(figure: Figure, cases: Cases) -> None:
 
     axes = figure.subplots()
     for norm, style in styles_of_norms(dict.fromkeys(norm for _, norm in cases)).items():
-        sizes = [size for size, one in cases if one == norm]
-        axes.plot(sizes, [_best(cases, size, norm) for size in sizes], label=NAMES[norm], **style)
+        line(axes, {size: finals(best(runs)) for (size, one), runs in cases.items() if one == norm}, NAMES[norm], style)
     axes.set(xlabel="batch size", ylabel="test accuracy, %")
     axes.set_xscale("log", base=2)
     axes.legend(fontsize=8, frameon=False)

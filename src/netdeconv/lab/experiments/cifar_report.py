@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from netdeconv.lab import published
 from netdeconv.lab.experiments.cifar_picture import draw
+from netdeconv.lab.experiments.comparison import NAMES, accuracy_cell, best_rate, by_rate, finals, loss_cell
 from netdeconv.lab.experiments.experiment import Picture, Presentation
-from netdeconv.lab.experiments.trials import NAMES, accuracies, accuracy_cell, best_rate, by_rate
 from netdeconv.lab.report import Table
 
 __all__ = ["PAPER_RATE", "present"]
@@ -40,7 +40,7 @@ class Case(NamedTuple):
     def accuracy(self, norm: str, rate: float | None) -> float | None:
         """Mean over seeds; ``None`` where it was not trained at this rate."""
         same = by_rate(self.runs.get(norm, [])).get(rate) if rate is not None else None
-        return statistics.fmean(accuracies(same)) if same else None
+        return statistics.fmean(finals(same)) if same else None
 
     def best(self, norm: str) -> float | None:
         """The best of the rates tried."""
@@ -168,11 +168,9 @@ def _rates_table(group: Group) -> Table:
     for case in group.cases:
         for norm, runs in case.runs.items():
             for rate, same in sorted(by_rate(runs).items(), reverse=True):
-                loss = [run["curves"]["train/loss"][-1] for run in same]
-                shown = "diverged" if None in loss else f"{statistics.fmean(loss):.3f}"
                 seconds = statistics.median(run["seconds_per_step"] for run in same)
                 cells = [NAMES.get(norm, norm), f"{rate:g}", ", ".join(str(run["seed"]) for run in same)]
-                rows.append([case.label, *cells, accuracy_cell(same), shown, f"{seconds:.3f}"])
+                rows.append([case.label, *cells, accuracy_cell(same), loss_cell(same), f"{seconds:.3f}"])
     columns = ["network", "norm", "rate", "seeds", "test accuracy", "training loss", "s per step"]
     note = (
         "Training loss: mean over the last epoch. Seconds: median over the steps, on a machine that did other work too."

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation, Workspace
-from netdeconv.lab.experiments.trials import (
-    CODE,
+from netdeconv.lab.experiments.comparison import (
     NAMES,
-    DataSets,
-    Trial,
     accuracy_cell,
+    at_epochs,
+    best,
     best_rate,
     by_rate,
     gap_sentence,
-    mean_curve,
-    run_trials,
-    trials_with_seeds,
+    line,
+    loss_cell,
 )
+from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.report import Table
+from netdeconv.lab.train import CODE, Training, run_trainings
+from netdeconv.lab.workspace import Workspace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +51,7 @@ class MlpSettings:
 def run(settings: MlpSettings, workspace: Workspace) -> Mapping[str, Any]:
     """Train what is not finished yet."""
     first = [
-        Trial(
+        Training(
             dataset=dataset,
             network="mlp",
             norm=norm,
@@ -63,11 +64,14 @@ def run(settings: MlpSettings, workspace: Workspace) -> Mapping[str, Any]:
         for rate in settings.rates
         for norm in settings.norms
     ]
-    workspace.progress.expect(len(first) + (settings.seeds - 1) * len(settings.datasets) * len(settings.norms))
-    data = DataSets()
-    found = run_trials(first, workspace, data)
-    more = trials_with_seeds(first, found, settings.seeds)
-    return {"runs": found + run_trials(more, workspace, data, before=found)}
+    found = run_trainings(first, workspace)
+    others = []
+    for seed in range(1, settings.seeds):
+        for dataset, norm in dict.fromkeys((one.dataset, one.norm) for one in first):
+            mine = [run for run in found["runs"] if (run["dataset"], run["norm"]) == (dataset, norm)]
+            like = next(one for one in first if (one.dataset, one.norm, one.rate) == (dataset, norm, best_rate(mine)))
+            others.append(dataclasses.replace(like, seed=seed))
+    return run_trainings(others, workspace, before=found["runs"])
 
 
 def present(result: Mapping[str, Any]) -> Presentation:
@@ -77,31 +81,28 @@ def present(result: Mapping[str, Any]) -> Presentation:
         cases.setdefault((run["dataset"], run["norm"]), []).append(run)
     rows, sentences = [], []
     for dataset in dict.fromkeys(dataset for dataset, _ in cases):
-        best = {}
-        for norm in (norm for one, norm in cases if one == dataset):
-            runs = cases[dataset, norm]
-            rate = best_rate(runs)
-            best[norm] = by_rate(runs)[rate]
-            losses = mean_curve(best[norm], "train/loss")
-            tried = ", ".join(f"{accuracy_cell(same)} ({one:g})" for one, same in sorted(by_rate(runs).items()))
+        chosen = {norm: best(runs) for (one, norm), runs in cases.items() if one == dataset}
+        for norm, runs in chosen.items():
+            accuracy, loss = (at_epochs(runs, logged) for logged in ("test/accuracy", "train/loss"))
+            every = sorted(by_rate(cases[dataset, norm]).items())
             rows.append(
                 [
                     f"{_DATASETS[dataset]}, {NAMES[norm]}",
-                    f"{rate:g}",
-                    f"{100 * mean_curve(best[norm], 'test/accuracy')[0]:.1f} %",
-                    accuracy_cell(best[norm]),
-                    f"{losses[0]:.3f}",
-                    f"{losses[-1]:.3f}",
-                    tried,
+                    f"{runs[0]['rate']:g}",
+                    f"{statistics.fmean(accuracy[1]):.1f} %",
+                    accuracy_cell(runs),
+                    f"{statistics.fmean(loss[1]):.3f}" if 1 in loss else "diverged",
+                    loss_cell(runs),
+                    ", ".join(f"{accuracy_cell(same)} ({rate:g})" for rate, same in every),
                 ]
             )
         sentences += [
-            f"{_DATASETS[dataset]}: {gap_sentence(best['nd'], best[norm], NAMES[norm])}"
-            for norm in best
-            if norm != "nd" and "nd" in best
+            f"{_DATASETS[dataset]}: {gap_sentence(chosen['nd'], chosen[norm], NAMES[norm])}"
+            for norm in chosen
+            if norm != "nd" and "nd" in chosen
         ]
         edge = max(run["rate"] for run in result["runs"])
-        highest = [NAMES[norm] for norm, runs in best.items() if runs[0]["rate"] == edge]
+        highest = [NAMES[norm] for norm, runs in chosen.items() if runs[0]["rate"] == edge]
         if highest:
             sentences.append(f"The best rate is the highest tried, {edge:g}, for {', '.join(highest)}.")
     first = result["runs"][0]
@@ -126,10 +127,8 @@ def _draw(figure: Figure, cases: Mapping[tuple[str, str], list[Mapping[str, Any]
     for axes, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True):
         for norm, name in NAMES.items():
             if (dataset, norm) in cases:
-                runs = cases[dataset, norm]
-                losses = mean_curve(by_rate(runs)[best_rate(runs)], "train/loss")
-                label = f"{name}, rate {best_rate(runs):g}"
-                axes.plot(range(1, len(losses) + 1), losses, label=label, markersize=4, **styles[norm])
+                runs = best(cases[dataset, norm])
+                line(axes, at_epochs(runs, "train/loss"), f"{name}, rate {runs[0]['rate']:g}", styles[norm])
         axes.set(xlabel="epoch", ylabel="training loss", title=_DATASETS[dataset], yscale="log")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=8, frameon=False)
