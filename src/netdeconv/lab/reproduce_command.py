@@ -171,7 +171,7 @@ def demo(args: argparse.Namespace) -> int:
     from netdeconv.lab.experiments.results import carry_out, text
 
     if (args.out / "metrics.json").is_file():
-        print(f"{args.out}: metrics.json, runs and pictures there are an earlier version's, and not used", file=sys.stderr)
+        print(f"{args.out}: metrics.json and runs are of an earlier version, and not used", file=sys.stderr)
     changes = {**(QUICK if args.quick else {}), **given_options(args, DemoSettings)}
     found = []
     try:
