@@ -70,8 +70,6 @@ def test_every_rate_gets_every_seed(
     shown = " ".join(capsys.readouterr().out.split())
     # by hand: 50 and 60, 60 and 70, 70 and 80 %
     assert "55.0 ± 7.1 % 65.0 ± 7.1 % (0.05) 75.0 ± 7.1 % +10.0" in shown
-    assert "at its own best rate, of 2 tried, the claim holds: network deconvolution is ahead in 1 of 1" in shown
-    assert "comparisons (+10.0 points)" in shown and "comparisons (+20.0 points)" in shown
 
 
 def test_small_is_the_papers_table_on_narrow_networks() -> None:
@@ -144,15 +142,12 @@ def test_one_rate_for_all_networks_meets_the_best_for_each() -> None:
     # 59.5 % on average at 0.1, 58 at 0.03: the lead is that of 0.1, also where 0.03 is better
     assert [row[-2] for row in table.rows] == ["+12.0", "-3.0", "+4.5"]
     assert list(table.rows[2]) == ["mean", "", "50.0 %", "55.0 %", "59.5 %", "58.0 %", "+4.5", ""]
-    assert "network deconvolution at rate 0.1 for all networks" in found.verdict
-    assert "ahead in 1 of 2 comparisons (-3.0 to +12.0, mean +4.5 points)" in found.verdict
 
 
-def test_a_run_that_has_not_ended_compares_what_was_searched() -> None:
-    without = [run for run in TWO if (run["network"], run["norm"], run["rate"]) != ("senet18", "bn", 0.03)]
-    found = cifar_report.present({"runs": without})
-    assert "ahead in 1 of 1 comparisons (+12.0 points)" in found.verdict
-    assert "nothing to compare yet" in cifar_report.present({"runs": TWO[:2]}).verdict
+def test_a_run_that_has_not_ended_has_a_table_without_means() -> None:
+    only_vgg16 = cifar_report.present({"runs": TWO[:5]}).tables[0]
+    assert [row[-2] for row in only_vgg16.rows] == ["+12.0", ""]
+    assert list(cifar_report.present({"runs": TWO[:2]}).tables[0].rows[0][2:4]) == ["40.0 %", "50.0 % (0.03)"]
 
 
 def test_a_picture_for_each_data_set_and_number_of_epochs() -> None:
@@ -194,9 +189,9 @@ def test_several_processes_share_the_trainings(root: Path, tmp_path: Path) -> No
     command = [sys.executable, "-m", "netdeconv.cli", "reproduce", "cifar", "--out", str(tmp_path), "--threads", "1"]
     command += ["--networks", "vgg11@0.03", "--batch-size", "8"]
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    told = [one.communicate(timeout=300)[1] for one in both]
+    printed = [one.communicate(timeout=300)[1] for one in both]
     assert [one.returncode for one in both] == [0, 0]
-    lines = [line.rpartition(":")[0] for text in told for line in text.splitlines() if line.startswith("vgg11")]
+    lines = [line.rpartition(":")[0] for text in printed for line in text.splitlines() if line.startswith("vgg11")]
     assert len(lines) == len(set(lines)) == 10
     record = json.loads((tmp_path / "cifar" / "result.json").read_text())
     assert record["complete"] and len(record["result"]["runs"]) == 10

@@ -1,4 +1,4 @@
-"""Experiments on what whitening looks like, and those that train by the command fit: small runs, verdicts by hand."""
+"""Experiments on what whitening looks like, and those that train by the command fit: small runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ def test_filters_of_photographs_have_a_centre_and_a_surround(tmp_path: Path) -> 
         assert exact["negative_share"] > 0.8
         assert five["peak"] < exact["peak"] <= zca["peak"]
     assert found["colour", "steps5"]["negative_share"] < 0.5
-    assert "2 of 2 filters" in outcome.presentation.verdict
     assert (tmp_path / "filters" / "filters-photographs-grey.png").is_file()
 
 
@@ -74,7 +73,6 @@ def test_networks_are_trained_once_for_both_experiments(
     (five, exact) = (one["whitened"]["kurtosis"] for one in result["photographs"])
     assert result["photographs"][0]["raw"]["kurtosis"] < 3 < five < exact
     for outcome in (correlation, sparsity):
-        assert "The claim holds" in outcome.presentation.verdict
         assert len(list(outcome.folder.glob("*.png"))) == 2
 
 
@@ -84,7 +82,6 @@ def test_the_command_fit_trains_what_is_compared(tmp_path: Path, monkeypatch: py
     assert [(run["norm"], run["rate"]) for run in runs] == [("bn", 0.1), ("bn", 0.02), ("nd", 0.1)]
     assert all(math.isfinite(run["curves"]["train/loss"][0]) and run["parameters"] > 1000 for run in runs)
     assert len(list((tmp_path / "imagenet" / "fits").glob("*/checkpoints/last.ckpt"))) == 3
-    assert outcome.presentation.verdict.startswith("Generated images: this shows that the pipeline runs")
     assert outcome.presentation.tables[1].rows[0][:2] == ["vgg11", "no normalisation"]
     # What is finished is found again, though its images were generated anew and in another place.
     monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained again"))
@@ -107,10 +104,9 @@ def test_data_that_are_not_there_are_said(tmp_path: Path, monkeypatch: pytest.Mo
         carried_out("cityscapes", tmp_path, data="streets")
 
 
-def presented(*runs: tuple[str, float, float], data: str = "streets") -> Presentation:
+def presented(*runs: tuple[str, float, float]) -> Presentation:
     """Of trainings by norm, rate and the measure after the last epoch; a loss that is not finite where that is 0."""
     result = {
-        "settings": {"data": data},
         "runs": [
             {
                 "norm": norm,
@@ -126,20 +122,6 @@ def presented(*runs: tuple[str, float, float], data: str = "streets") -> Present
         ],
     }
     return present_compared(result, Measure("validation/miou", "mIoU"), note="", name="x")
-
-
-@pytest.mark.parametrize(
-    ("runs", "verdict"),
-    [
-        ([("bn", 0.1, 0.2), ("bn", 0.02, 0.3), ("nd", 0.1, 0.4)], "10.0 points ahead of BatchNorm at its best rate"),
-        ([("bn", 0.1, 0.2), ("bn", 0.02, 0.5), ("nd", 0.1, 0.4)], "10.0 points behind BatchNorm"),
-        ([("bn", 0.1, 0.2), ("nd", 0.1, 0.1), ("nd", 0.02, 0.3)], "10.0 points ahead of BatchNorm"),
-        ([("bn", 0.1, 0.2), ("bn", 0.1, 0.3), ("nd", 0.1, 0.2), ("nd", 0.1, 0.4)], "do not differ by more than"),
-        ([("bn", 0.1, 0.2)], "nothing to compare"),
-    ],
-)
-def test_each_method_counts_at_its_own_best_rate(runs: list[tuple[str, float, float]], verdict: str) -> None:
-    assert verdict in presented(*runs).verdict
 
 
 def test_seeds_are_averaged_and_divergence_is_shown() -> None:

@@ -22,6 +22,7 @@ __all__ = ["main"]
 # Libraries of the extra "lab", by the name they are imported with.
 _LAB = {
     "docstring_parser",
+    "jinja2",
     "jsonargparse",
     "lightning",
     "matplotlib",

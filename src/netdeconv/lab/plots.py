@@ -22,6 +22,8 @@ __all__ = [
     "STYLES",
     "correlation_figure",
     "curves_figure",
+    "draw_layers",
+    "draw_matrices",
     "filters_figure",
     "history_figure",
     "png",
@@ -190,22 +192,59 @@ def correlation_figure(rows: Mapping[str, tuple[int, Mapping[str, Tensor]]]) -> 
     """
     columns = max(len(matrices) for _, matrices in rows.values())
     figure = Figure(figsize=(3.3 * columns + 1.3, 3.45 * len(rows)), dpi=_DPI, layout="constrained")
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    picture = None
-    for row, (label, (channels, matrices)) in enumerate(rows.items()):
-        for axes, (title, corr) in zip(grid[row], matrices.items(), strict=True):
-            picture = axes.imshow(corr.abs().numpy(), vmin=0, vmax=1, cmap="cividis", interpolation="nearest")
-            axes.set_title(f"{title}\nmean |off-diagonal| {mean_abs_offdiagonal(corr):.3f}", fontsize=9)
+    drawn = [
+        [(f"{title}\nmean |off-diagonal| {mean_abs_offdiagonal(corr):.3f}", corr) for title, corr in matrices.items()]
+        for _, matrices in rows.values()
+    ]
+    for row, (label, (channels, matrices)) in zip(draw_matrices(figure, drawn), rows.items(), strict=True):
+        for axes, corr in zip(row, matrices.values(), strict=True):
             axes.set_xlabel("feature (channel, then tap)" if channels > 1 else "feature (tap)", fontsize=8)
             taps = len(corr) // channels
             if channels == 3:
                 axes.set_xticks([taps * c + (taps - 1) / 2 for c in range(3)], ["red", "green", "blue"])
                 axes.set_yticks([taps * c + (taps - 1) / 2 for c in range(3)], ["red", "green", "blue"])
                 axes.tick_params(length=0, labelsize=8)
-        grid[row, 0].set_ylabel(label, fontsize=10)
-    if picture is not None:
-        figure.colorbar(picture, ax=grid, shrink=0.7, label="|correlation|")
+        row[0].set_ylabel(label, fontsize=10)
     return figure
+
+
+def draw_matrices(figure: Figure, rows: Sequence[Sequence[tuple[str, Any] | None]]) -> Any:
+    """Fill a figure with correlation matrices by their absolute values; returns the grid of axes.
+
+    Args:
+        figure: empty.
+        rows: as many places each: title and matrix, or ``None`` for a place that stays empty.
+    """
+    grid = figure.subplots(len(rows), len(rows[0]), squeeze=False)
+    picture: Any = None
+    for axes, place in zip(grid.flat, itertools.chain.from_iterable(rows), strict=True):
+        if place is None:
+            axes.set_axis_off()
+            continue
+        title, matrix = place
+        picture = axes.imshow(np.abs(np.asarray(matrix)), vmin=0, vmax=1, cmap="cividis", interpolation="nearest")
+        axes.set_title(title, fontsize=9)
+        axes.tick_params(labelsize=7)
+    figure.colorbar(picture, ax=grid, shrink=0.6, label="|correlation|")
+    return grid
+
+
+def draw_layers(axes: Axes, names: Sequence[str], lines: Mapping[str, Sequence[float]], **labels: Any) -> None:
+    """Fill axes with numbers of layers: a line each, names of the layers below, as many as there is room for.
+
+    Args:
+        axes: empty.
+        names: of the layers, in their order.
+        lines: a number for every layer, by the line's name.
+        labels: of the axes, their scales and limits.
+    """
+    for (label, values), style in zip(lines.items(), LINES, strict=False):
+        axes.plot(values, label=label, linewidth=1.4, markersize=4, **style)
+    step = -(-len(names) // 16)
+    axes.set_xticks(range(0, len(names), step), names[::step], rotation=35, ha="right", fontsize=8)
+    axes.set(**labels)
+    axes.legend(fontsize=8)
+    tidy(axes)
 
 
 def _array(curves: Sequence[Sequence[float | None]]) -> np.ndarray:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from netdeconv.lab.benchmark.contestants import CONTESTANTS
+from netdeconv.lab.benchmark.candidates import CANDIDATES
 from netdeconv.lab.plots import LINES, STYLES, tidy
 
 __all__ = ["memory_figure", "moments_figure", "root_figure", "scaling_figure", "step_figure"]
@@ -32,7 +32,7 @@ def step_figure(result: Mapping[str, Any], title: str) -> Figure:
     panels = figure.subplots(1, 2 + bool(memory), squeeze=False)[0]
     for axes, (name, part) in zip(panels, parts, strict=False):
         ratios = result[part]["ratios"]
-        kinds = list(result[part]["contestants"])
+        kinds = list(result[part]["candidates"])
         found = [ratios.get(f"{kind}/batchnorm", {"value": 1.0, "interval": [1.0, 1.0]}) for kind in kinds]
         reach = [[abs(ratio["interval"][side] - ratio["value"]) for ratio in found] for side in (0, 1)]
         _bars(axes, kinds, [ratio["value"] for ratio in found], reach)
@@ -61,7 +61,7 @@ def _memory_bars(axes: Axes, memory: Mapping[str, Any], what: str, title: str) -
 
 
 def _bars(axes: Axes, kinds: Sequence[str], values: Sequence[float], reach: Any = None) -> None:
-    names = [CONTESTANTS[kind].replace(" ", "\n") for kind in kinds]
+    names = [CANDIDATES[kind].replace(" ", "\n") for kind in kinds]
     bars = axes.bar(names, values, color=[_BARS[kind] for kind in kinds], yerr=reach, capsize=3)
     axes.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=2, fontsize=9,
                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5}, zorder=3)  # fmt: skip

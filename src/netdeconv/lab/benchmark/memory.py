@@ -1,6 +1,6 @@
-"""Peak memory of the training step, each contestant in a process of its own.
+"""Peak memory of the training step, each candidate in a process of its own.
 
-Run as a module it measures one contestant: settings as JSON on standard input, numbers as JSON on standard output.
+Run as a module it measures one candidate: settings as JSON on standard input, numbers as JSON on standard output.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from netdeconv.lab.benchmark.contestants import CONTESTANTS, Training
+from netdeconv.lab.benchmark.candidates import CANDIDATES, Training
 from netdeconv.lab.benchmark.settings import MemorySettings
 from netdeconv.lab.devices import device_of, matmul_precision, threads
 
@@ -48,14 +48,14 @@ def measure_in_fresh_process(kind: str, settings: MemorySettings) -> dict[str, A
     )
     if done.returncode:
         raise RuntimeError(
-            f"measuring the memory of {CONTESTANTS[kind]} failed with code {done.returncode} (-9: too little "
+            f"measuring the memory of {CANDIDATES[kind]} failed with code {done.returncode} (-9: too little "
             f"memory): {done.stderr.strip()[-600:]}"
         )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(kind: str, settings: MemorySettings) -> dict[str, Any]:
-    """Memory that one contestant takes beyond what was taken before it was built.
+    """Memory that one candidate takes beyond what was taken before it was built.
 
     Returns:
         ``peak``: bytes at the worst moment of building and of three training steps (the first, a refresh in steady

@@ -123,7 +123,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
     note = (
         f"{first['network']} at width {first['width']:g} on {first['dataset']}, {first['steps']} steps of batch "
         f"{first['batch_size']}, rate {first['rate']:g} on a cosine to 0, weight decay {first['weight_decay']:g}; "
-        "loss: training loss, mean over the last epoch's steps; test accuracy with the remembered statistics. The "
+        "loss: training loss, mean over the last epoch's steps; test accuracy with the running statistics. The "
         "default's seeds "
         f"{'have a standard deviation of ' + format(noise, '.1f') + ' points' if noise is not None else 'are one'}: a "
         "difference below twice that means little for a single seed. Time: median over the steps, so without most "
@@ -136,7 +136,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
         "Test accuracy of every setting; the grey band is the default with twice its seeds' standard deviation.",
         lambda figure: _draw(figure, groups, middle, noise),
     )
-    return Presentation(_verdict(groups, middle, noise), [table], [picture])
+    return Presentation([table], [picture])
 
 
 def _default(result: Mapping[str, Any], name: str) -> Any:
@@ -152,24 +152,6 @@ def _mean_and_noise(runs: list[Mapping[str, Any]]) -> tuple[float, float | None]
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
-def _verdict(groups: Mapping[tuple[str, Any], list[Mapping[str, Any]]], middle: float, noise: float | None) -> str:
-    gaps = {key: statistics.fmean(finals(runs)) - middle for key, runs in groups.items()}
-    bn = [gap for (name, _), gap in gaps.items() if name.startswith("BatchNorm")]
-    parts = []
-    if bn:
-        parts.append(
-            f"The default is {-max(bn):.1f} points above the better of {len(bn)} rates of batch normalisation."
-            if max(bn) < 0
-            else f"Batch normalisation at the better of {len(bn)} rates is {max(bn):.1f} points above the default."
-        )
-    varied = {key: gap for key, gap in gaps.items() if key[0] in _VARIATIONS}
-    if varied and noise is not None:
-        far = [f"{_NAMES[name]} {value} ({gap:+.1f})" for (name, value), gap in varied.items() if abs(gap) > 2 * noise]
-        parts.append(
-            f"Of {len(varied)} changes {len(far)} move the accuracy by more than twice the seeds' deviation of "
-            f"{noise:.1f} points{': ' + ', '.join(far) if far else ''}."
-        )
-    return " ".join(parts) or "Only the default was run."
 
 
 def _draw(

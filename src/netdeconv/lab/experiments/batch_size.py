@@ -4,7 +4,6 @@ sizes, each at its best rate."""
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -83,31 +82,14 @@ def present(result: Mapping[str, Any]) -> Presentation:
     note = (
         f"{first['network']} at width {first['width']:g} on {first['dataset']}: the same number of images for every "
         f"batch size, one pass, rates on a cosine to 0, weight decay {first['weight_decay']:g}, "
-        f"{len({run['seed'] for run in result['runs']})} seed(s); test accuracy with the remembered statistics. Best "
+        f"{len({run['seed'] for run in result['runs']})} seed(s); test accuracy with the running statistics. Best "
         "rate: best on the test images, for all alike."
     )
     columns = ["batch size, norm", "steps", "best rate", "test accuracy", "all rates"]
     table = Table(columns, rows, title="Test accuracy by batch size", note=note)
     caption = "Test accuracy by batch size, each norm at its best rate."
     picture = Picture("batch-size", caption, lambda figure: _draw(figure, cases))
-    return Presentation(_verdict(cases), [table], [picture])
-
-
-def _best(cases: Cases, size: int, norm: str) -> float:
-    return statistics.fmean(finals(best(cases[size, norm])))
-
-
-def _verdict(cases: Cases) -> str:
-    sizes = [size for size, norm in cases if norm == "nd" and (size, "bn") in cases]
-    if not sizes:
-        return "Nothing to compare yet."
-    gaps = {size: _best(cases, size, "nd") - _best(cases, size, "bn") for size in sizes}
-    points = ", ".join(f"{gap:+.1f} at {size}" for size, gap in gaps.items())
-    ahead = sum(gap > 0 for gap in gaps.values())
-    return (
-        f"Network deconvolution is ahead of batch normalisation, both at their best rates, at {ahead} of {len(sizes)} "
-        f"batch sizes (points: {points})."
-    )
+    return Presentation([table], [picture])
 
 
 def _draw(figure: Figure, cases: Cases) -> None:

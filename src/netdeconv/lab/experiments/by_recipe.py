@@ -1,4 +1,4 @@
-"""What the experiments that train by a recipe of ``netdeconv fit`` have in common: plan, table, curves and verdict."""
+"""What the experiments that train by a recipe of ``netdeconv fit`` have in common: plan, table and curves."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from netdeconv.lab.experiments.comparison import (
     METHODS,
     accuracy_cell,
     at_epochs,
-    best,
     by_rate,
-    gap_sentence,
     line,
     loss_cell,
 )
@@ -107,7 +105,7 @@ class Measure:
 def present_compared(
     result: Mapping[str, Any], measure: Measure, *, note: str, name: str, published: Sequence[Table] = ()
 ) -> Presentation:
-    """A row for every method and rate, the curves, and who is ahead.
+    """A row for every method and rate, and the curves.
 
     Args:
         result: of :func:`compared`.
@@ -119,15 +117,7 @@ def present_compared(
     runs = {norm: [run for run in result["runs"] if run["norm"] == norm] for norm in METHODS}
     caption = f"Training loss and {measure.title} by epoch, mean over the seeds, from the worst to the best of them."
     figure = Picture(f"{name}-curves", caption, lambda figure: _draw(figure, runs, measure))
-    if all(runs.values()):
-        nd, bn = (best(runs[norm], measure.logged) for norm in ("nd", "bn"))
-        gap = gap_sentence(nd, bn, METHODS["bn"], measure.logged)
-        verdict = f"{measure.title} after the last epoch: {gap}"
-    else:
-        verdict = "Only one method has come to an end so far: nothing to compare."
-    if result["settings"]["data"] == GENERATED:
-        verdict = f"Generated images: this shows that the pipeline runs, and nothing of the claim. {verdict}"
-    return Presentation(verdict, [_table(runs, measure, note), *published], [figure])
+    return Presentation([_table(runs, measure, note), *published], [figure])
 
 
 def _table(runs: Mapping[str, Sequence[Mapping[str, Any]]], measure: Measure, note: str) -> Table:

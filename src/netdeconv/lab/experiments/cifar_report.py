@@ -1,4 +1,4 @@
-"""Tables, pictures and verdict of the trainings on CIFAR, for each data set and number of epochs."""
+"""Tables and pictures of the trainings on CIFAR, for each data set and number of epochs."""
 
 from __future__ import annotations
 
@@ -87,11 +87,6 @@ class Group:
         mine, theirs = case.accuracy(norm, self.one_rate(norm)), case.accuracy("bn", case.best("bn"))
         return None if mine is None or theirs is None else mine - theirs
 
-    def searched(self, case: Case) -> bool:
-        """Whether batch normalisation had all its rates, and more than one."""
-        return len(by_rate(case.runs.get("bn", []))) == len(self.rates("bn")) > 1
-
-
 def present(result: Mapping[str, Any]) -> Presentation:
     """What came out, also of a run that has not ended."""
     runs: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
@@ -100,7 +95,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
     groups = [Group(*place, same) for place, same in runs.items()]
     tables = [*map(_accuracy_table, groups), *map(_rates_table, groups)]
     pictures = [picture for group in groups for picture in _pictures(group, len(groups))]
-    return Presentation(" ".join(map(_verdict, groups)), tables, pictures)
+    return Presentation(tables, pictures)
 
 
 def _accuracy_table(group: Group) -> Table:
@@ -176,34 +171,6 @@ def _rates_table(group: Group) -> Table:
         "Training loss: mean over the last epoch. Seconds: median over the steps, on a machine that did other work too."
     )
     return Table(columns, rows, title=f"{group.title}: every rate", note=note)
-
-
-def _verdict(group: Group) -> str:
-    if "nd" not in group.norms or "bn" not in group.norms:
-        return f"{group.title}: nothing to compare yet."
-    rate = group.one_rate("nd")
-    pairs = [(case.accuracy("nd", rate), case.accuracy("bn", PAPER_RATE)) for case in group.cases]
-    at_papers = [mine - theirs for mine, theirs in pairs if mine is not None and theirs is not None]
-    at_best = [lead for case in group.cases if group.searched(case) and (lead := group.lead(case, "nd")) is not None]
-    count = len(group.rates("bn"))
-    return (
-        f"{group.title}, network deconvolution at rate {rate:g} for all networks. "
-        + _sentence(f"at its own best rate, of {count} tried,", at_best)
-        + " "
-        + _sentence("at the paper's rate", at_papers)
-    )
-
-
-def _sentence(which: str, gaps: Sequence[float]) -> str:
-    if not gaps:
-        return f"Batch normalisation {which} was not run or not searched for yet."
-    ahead = sum(gap > 0 for gap in gaps)
-    reach = f"{min(gaps):+.1f} to {max(gaps):+.1f}, mean " if len(gaps) > 1 else ""
-    word = "holds" if ahead == len(gaps) else "does not hold" if ahead == 0 else "holds in part"
-    return (
-        f"Against batch normalisation {which} the claim {word}: network deconvolution is ahead in {ahead} of "
-        f"{len(gaps)} comparisons ({reach}{statistics.fmean(gaps):+.1f} points)."
-    )
 
 
 def _pictures(group: Group, groups: int) -> list[Picture]:

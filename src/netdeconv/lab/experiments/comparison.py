@@ -1,4 +1,4 @@
-"""Runs beside each other: grouped by rate, each method at its best one, as cells, curves and a sentence."""
+"""Runs beside each other: grouped by rate, each method at its best one, as cells and curves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ __all__ = [
     "best_rate",
     "by_rate",
     "finals",
-    "gap_sentence",
     "line",
     "loss_cell",
     "percent",
@@ -114,15 +113,3 @@ def line(axes: Axes, values: Mapping[float, Sequence[float]], label: str, style:
     axes.plot(list(values), means, label=label, markersize=4, linewidth=1.4, **style)
     lowest, highest = (list(map(end, values.values())) for end in (min, max))
     axes.vlines(list(values), lowest, highest, color=style["color"], linewidth=1)
-
-
-def gap_sentence(nd: Sequence[Run], other: Sequence[Run], name: str, logged: str = ACCURACY) -> str:
-    """How far network deconvolution is ahead of another norm, and whether that is more than the seeds' spread."""
-    mine, theirs = finals(nd, logged), finals(other, logged)
-    gap = statistics.fmean(mine) - statistics.fmean(theirs)
-    spread = max((statistics.stdev(v) for v in (mine, theirs) if len(v) > 1), default=None)
-    seeds = "one seed" if spread is None else f"seeds differ by {spread:.1f}"
-    if spread is not None and abs(gap) <= spread:
-        return f"network deconvolution and {name} do not differ by more than the seeds do ({gap:+.1f} points, {seeds})."
-    word = "ahead of" if gap > 0 else "behind"
-    return f"network deconvolution is {abs(gap):.1f} points {word} {name} at its best rate ({seeds})."

@@ -16,7 +16,6 @@ from netdeconv.lab.experiments.comparison import (
     at_rates,
     best,
     by_rate,
-    gap_sentence,
     line,
     percent,
 )
@@ -79,7 +78,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
     """What came out."""
     runs = {norm: [run for run in result["runs"] if run["norm"] == norm] for norm in METHODS}
     if not all(runs.values()):
-        return Presentation("Nothing to compare yet.", [])
+        return Presentation([])
     chosen = {norm: best(runs[norm], _CHOICE) for norm in METHODS}
     picture = Picture(
         "demo-curves",
@@ -88,9 +87,8 @@ def present(result: Mapping[str, Any]) -> Presentation:
         "are the ones that chose.",
         lambda figure: _draw(figure, runs, chosen, result["target"]),
     )
-    verdict = gap_sentence(chosen["nd"], chosen["bn"], METHODS["bn"])
     tables = [_table(runs, chosen, result["target"]), _rates_table(runs, chosen)]
-    return Presentation(f"After the last epoch {verdict}", tables, [picture])
+    return Presentation(tables, [picture])
 
 
 def _table(runs: Runs, chosen: Runs, target: float) -> Table:

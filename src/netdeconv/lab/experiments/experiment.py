@@ -42,12 +42,10 @@ class Presentation:
     """What a result amounts to.
 
     Args:
-        verdict: whether the claim holds here, in words that follow from the numbers.
         tables: with titles, and notes where they are needed.
         figures: in their order.
     """
 
-    verdict: str
     tables: Sequence[Table]
     figures: Sequence[Picture] = ()
 

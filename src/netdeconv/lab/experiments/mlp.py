@@ -14,7 +14,6 @@ from netdeconv.lab.experiments.comparison import (
     best,
     best_rate,
     by_rate,
-    gap_sentence,
     line,
     loss_cell,
 )
@@ -79,32 +78,21 @@ def present(result: Mapping[str, Any]) -> Presentation:
     cases: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for run in result["runs"]:
         cases.setdefault((run["dataset"], run["norm"]), []).append(run)
-    rows, sentences = [], []
-    for dataset in dict.fromkeys(dataset for dataset, _ in cases):
-        chosen = {norm: best(runs) for (one, norm), runs in cases.items() if one == dataset}
-        for norm, runs in chosen.items():
-            accuracy, loss = (at_epochs(runs, logged) for logged in ("test/accuracy", "train/loss"))
-            every = sorted(by_rate(cases[dataset, norm]).items())
-            rows.append(
-                [
-                    f"{_DATASETS[dataset]}, {NAMES[norm]}",
-                    f"{runs[0]['rate']:g}",
-                    f"{statistics.fmean(accuracy[1]):.1f} %",
-                    accuracy_cell(runs),
-                    f"{statistics.fmean(loss[1]):.3f}" if 1 in loss else "diverged",
-                    loss_cell(runs),
-                    ", ".join(f"{accuracy_cell(same)} ({rate:g})" for rate, same in every),
-                ]
-            )
-        sentences += [
-            f"{_DATASETS[dataset]}: {gap_sentence(chosen['nd'], chosen[norm], NAMES[norm])}"
-            for norm in chosen
-            if norm != "nd" and "nd" in chosen
-        ]
-        edge = max(run["rate"] for run in result["runs"])
-        highest = [NAMES[norm] for norm, runs in chosen.items() if runs[0]["rate"] == edge]
-        if highest:
-            sentences.append(f"The best rate is the highest tried, {edge:g}, for {', '.join(highest)}.")
+    rows = []
+    for (dataset, norm), runs in cases.items():
+        chosen = best(runs)
+        accuracy, loss = (at_epochs(chosen, logged) for logged in ("test/accuracy", "train/loss"))
+        rows.append(
+            [
+                f"{_DATASETS[dataset]}, {NAMES[norm]}",
+                f"{chosen[0]['rate']:g}",
+                f"{statistics.fmean(accuracy[1]):.1f} %",
+                accuracy_cell(chosen),
+                f"{statistics.fmean(loss[1]):.3f}" if 1 in loss else "diverged",
+                loss_cell(chosen),
+                ", ".join(f"{accuracy_cell(same)} ({rate:g})" for rate, same in sorted(by_rate(runs).items())),
+            ]
+        )
     first = result["runs"][0]
     columns = ["data, norm", "best rate", "accuracy, epoch 1", "at the end", "loss, epoch 1", "at the end", "all rates"]
     note = (
@@ -115,7 +103,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
     )
     table = Table(columns, rows, title="Multi-layer perceptron", note=note)
     figure = Picture("mlp-loss", "Training loss by epoch, each norm at its best rate.", lambda f: _draw(f, cases))
-    return Presentation(" ".join(sentences), [table], [figure])
+    return Presentation([table], [figure])
 
 
 def _draw(figure: Figure, cases: Mapping[tuple[str, str], list[Mapping[str, Any]]]) -> None:

@@ -17,7 +17,7 @@ from netdeconv.lab.progress import Progress, quiet_lightning
 from netdeconv.lab.store import read_json, versions, write_json, write_whole
 from netdeconv.lab.workspace import Workspace
 
-__all__ = ["Outcome", "carry_out", "draw", "markdown", "outcomes", "setting_line", "text"]
+__all__ = ["Outcome", "carry_out", "draw", "markdown", "origin", "outcomes", "text"]
 
 _RESULT = "result.json"
 
@@ -129,11 +129,7 @@ def _read(folder: Path) -> Outcome | None:
     record = read_json(folder / _RESULT)
     if not isinstance(record, dict) or record.get("experiment") not in EXPERIMENTS:
         return None
-    presentation = load(record["experiment"]).present(record["result"])
-    if record.get("size") == "smoke":
-        warning = "A trial run, too short to judge the claim by. "
-        presentation = dataclasses.replace(presentation, verdict=warning + presentation.verdict)
-    return Outcome(record, presentation, folder)
+    return Outcome(record, load(record["experiment"]).present(record["result"]), folder)
 
 
 def draw(outcome: Outcome) -> list[Path]:
@@ -151,17 +147,19 @@ def draw(outcome: Outcome) -> list[Path]:
     return files
 
 
-def setting_line(record: Mapping[str, Any]) -> str:
-    """How the numbers came about: command, machine, time."""
+def origin(record: Mapping[str, Any]) -> tuple[str, str]:
+    """How the numbers came about: the command; machine, time, and what they are not good for."""
     place, found = record["machine"], record["versions"]
     load = (place.get("load_average") or [0])[0]
     busy = f" (load {load:.1f} at the start: other work ran beside)" if load > place["threads"] + 0.5 else ""
     gpu = f"{place['gpu']}, " if record.get("device") == "cuda" else ""
     line = (
-        f"{record['command']}; {gpu}{place['processor']}, {place['threads']} of {place['cores']} cores, torch "
+        f"{gpu}{place['processor']}, {place['threads']} of {place['cores']} cores, torch "
         f"{found['torch']}; {_duration(record['minutes'])}{busy}; code {record['code']}, {record['finished'][:10]}."
     )
-    return line if record["complete"] else f"{line} Not finished: these are the parts that are."
+    line += " A trial run, too short to judge the claim by." * (record.get("size") == "smoke")
+    line += " Not finished: these are the parts that are." * (not record["complete"])
+    return record["command"], line
 
 
 def _duration(minutes: float) -> str:
@@ -174,7 +172,7 @@ def text(outcome: Outcome) -> str:
     parts = [f"{experiment.name}: {experiment.claim} ({experiment.source})"]
     for table in outcome.presentation.tables:
         parts.append("\n".join(filter(None, [table.title, table.to_text(), table.note])))
-    return "\n\n".join([*parts, outcome.presentation.verdict, setting_line(outcome.record)])
+    return "\n\n".join([*parts, "; ".join(origin(outcome.record))])
 
 
 def markdown(found: Sequence[Outcome], *, pictures: str | None = None) -> str:
@@ -188,14 +186,13 @@ def markdown(found: Sequence[Outcome], *, pictures: str | None = None) -> str:
     for outcome in found:
         experiment = load(outcome.record["experiment"])
         parts = [f"## {experiment.name}", f"Claim ({experiment.source}): {experiment.claim}"]
-        parts.append(f"**Here:** {outcome.presentation.verdict}")
         for table in outcome.presentation.tables:
             parts += [f"**{table.title}**" if table.title else "", table.to_markdown(), table.note]
         for picture in outcome.presentation.figures:
             folder = outcome.folder.name if pictures is None else pictures
             parts += [f"![{picture.caption}]({folder}/{picture.name}.png)"]
-        command, rest = setting_line(outcome.record).split(";", 1)
-        parts.append(f"`{command}`;{rest}")
+        command, rest = origin(outcome.record)
+        parts.append(f"`{command}`; {rest}")
         sections.append("\n\n".join(filter(None, parts)))
     return "\n\n".join(sections) + "\n"
 

@@ -17,9 +17,9 @@ from netdeconv.lab.devices import device_of
 from netdeconv.lab.networks import network
 from netdeconv.lab.norms import with_norm
 
-__all__ = ["CONTESTANTS", "Training", "kinds", "move_to_step", "network", "period_of", "steady_step"]
+__all__ = ["CANDIDATES", "Training", "kinds", "move_to_step", "network", "period_of", "steady_step"]
 
-CONTESTANTS = {
+CANDIDATES = {
     "batchnorm": "BatchNorm",
     "floor": "no normalisation",
     "default": "default",
@@ -31,12 +31,12 @@ _RATE, _MOMENTUM, _WEIGHT_DECAY = 0.0, 0.9, 5e-4
 
 
 def kinds(settings: MemorySettings) -> list[str]:
-    """Those of :data:`CONTESTANTS` that take part."""
-    return [kind for kind in CONTESTANTS if not (kind == "paper" and settings.no_paper)]
+    """Those of :data:`CANDIDATES` that take part."""
+    return [kind for kind in CANDIDATES if not (kind == "paper" and settings.no_paper)]
 
 
-def contestant(kind: str, settings: MemorySettings) -> nn.Module:
-    """The network of this kind, one of :data:`CONTESTANTS`; always the same for one seed."""
+def candidate(kind: str, settings: MemorySettings) -> nn.Module:
+    """The network of this kind, one of :data:`CANDIDATES`; always the same for one seed."""
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         # "small" is made for its images; other networks take any.
@@ -50,10 +50,10 @@ def contestant(kind: str, settings: MemorySettings) -> nn.Module:
 
 
 class Training:
-    """One contestant with optimizer and data, ready to be stepped.
+    """One candidate with optimizer and data, ready to be stepped.
 
     Args:
-        kind: one of :data:`CONTESTANTS`.
+        kind: one of :data:`CANDIDATES`.
         settings: what to run.
 
     Attributes:
@@ -64,7 +64,7 @@ class Training:
         self.settings, self.kind = settings, kind
         self.device = device_of(settings.device)
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-        self.model = contestant(kind, settings).to(self.device).to(memory_format=layout)
+        self.model = candidate(kind, settings).to(self.device).to(memory_format=layout)
         self.period = period_of(self.model)
         draw = torch.Generator().manual_seed(settings.seed)
         images = torch.randn(settings.batch, 3, settings.size, settings.size, generator=draw)
