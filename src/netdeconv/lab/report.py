@@ -10,6 +10,7 @@ from typing import Any
 
 __all__ = ["Page", "Table"]
 
+
 @dataclasses.dataclass(frozen=True)
 class Table:
     """Rows of text under a heading; the first column is for names, the others for numbers.
