@@ -29,19 +29,18 @@ class Progress:
 
     Args:
         runs: how many runs there are.
-        done: how many of them are finished already.
         stream: where to draw; standard error when ``None``.
         show: ``False`` prints nothing at all.
     """
 
-    def __init__(self, runs: int, done: int = 0, *, stream: TextIO | None = None, show: bool = True) -> None:
+    def __init__(self, runs: int, *, stream: TextIO | None = None, show: bool = True) -> None:
         self.stream = sys.stderr if stream is None else stream
         self.show = show
         self.drawn = show and self.stream.isatty()
         options: dict[str, Any] = {
             "file": self.stream, "disable": not self.drawn, "leave": False, "bar_format": _FORMAT
         }  # fmt: skip
-        self._all = tqdm(total=runs, initial=done, desc="all runs", unit="run", position=0, **options)
+        self._all = tqdm(total=runs, desc="all runs", unit="run", position=0, **options)
         self._run = tqdm(total=1, unit="step", position=1, **options)
 
     def __enter__(self) -> Progress:

@@ -115,23 +115,20 @@ class Record:
     fresh_accuracy: float | None = None
 
 
-class DataSets:
+class DataSets(dict[tuple[str, int], Any]):
     """Data sets that were read once, for trainings that follow one another."""
 
-    def __init__(self) -> None:
-        self._loaded: dict[tuple[str, int], Any] = {}
-
-    def get(self, training: Training) -> Any:
+    def of(self, training: Training) -> Any:
         """The data, with the training's batch size and seed."""
         from netdeconv.lab.data import create_data
 
         own, networks = _OWN_SIDE.get(training.dataset, (32, ()))
         side = own if training.network in networks else 32
-        key = (training.dataset, side)
-        if key not in self._loaded:
-            self._loaded[key] = create_data(training.dataset, **({"image_size": side} if networks else {}))
-            self._loaded[key].setup()
-        data = self._loaded[key]
+        if (training.dataset, side) not in self:
+            data: Any = create_data(training.dataset, **({"image_size": side} if networks else {}))
+            data.setup()
+            self[training.dataset, side] = data
+        data = self[training.dataset, side]
         data.batch_size, data.seed = training.batch_size, training.seed
         return data
 
@@ -179,7 +176,7 @@ def train(training: Training, workspace: Workspace, data: DataSets, *, weights: 
     if training.recipe:
         assert weights is None and not training.fresh_statistics
         return _train_by_recipe(training, workspace)
-    images = data.get(training)
+    images = data.of(training)
 
     from lightning.pytorch import Trainer
 

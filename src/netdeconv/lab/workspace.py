@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from netdeconv.lab.progress import Progress
 
 __all__ = ["Workspace"]
+
+_POLL = 0.5  # seconds between two looks at what another process is computing
 
 
 class Workspace:
@@ -69,15 +71,37 @@ class Workspace:
             settings: everything that the part depends on, plain values.
             compute: does the work.
         """
-        result = self._part(name, settings, compute, wait=True)
-        assert result is not None
+        while (result := self.part_if_free(name, settings, compute)) is None:
+            time.sleep(_POLL)
         return result
 
     def part_if_free(
         self, name: str, settings: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]
     ) -> dict[str, Any] | None:
         """The same, but ``None`` at once where another process with the same folder is computing it."""
-        return self._part(name, settings, compute, wait=False)
+        if (found := self.finished(name, settings)) is not None:
+            return found
+        path = self.path(name, settings)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return None
+        try:
+            if self._fresh or self._kept(path, settings) is None:
+                self._say_what_is_not_used()
+                start = time.perf_counter()
+                result = compute()
+                seconds = time.perf_counter() - start
+                write_json(path, {"settings": self._identity(settings), "result": result, "seconds": seconds})
+                self.progress.say(f"{name}: {seconds:.1f} s")
+            self._computed.add(path)
+        finally:
+            lock.release()
+        with contextlib.suppress(OSError):
+            Path(lock.lock_file).unlink()
+        return self.finished(name, settings)
 
     def finished(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         """A part's result if there is one, whichever process computed it."""
@@ -108,42 +132,6 @@ class Workspace:
     def _kept(self, path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         found = read_json(path)
         return found if found and found.get("settings") == finite(self._identity(settings)) else None
-
-    def _part(
-        self, name: str, settings: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]], *, wait: bool
-    ) -> dict[str, Any] | None:
-        if (found := self.finished(name, settings)) is not None:
-            return found
-        path = self.path(name, settings)
-        with self._claimed(path, wait=wait) as mine:
-            if mine and (self._fresh or self._kept(path, settings) is None):
-                self._say_what_is_not_used()
-                start = time.perf_counter()
-                result = compute()
-                seconds = time.perf_counter() - start
-                write_json(path, {"settings": self._identity(settings), "result": result, "seconds": seconds})
-                self.progress.say(f"{name}: {seconds:.1f} s")
-            if mine:
-                self._computed.add(path)
-        return self.finished(name, settings)
-
-    @contextlib.contextmanager
-    def _claimed(self, path: Path, *, wait: bool) -> Iterator[bool]:
-        """Keep other processes from the part while the block computes it; ``False`` where one of them has it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_suffix(".lock"))
-        try:
-            lock.acquire(timeout=-1 if wait else 0)
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
-        if path.is_file():  # whoever still waits for the lock finds the result
-            with contextlib.suppress(OSError):
-                Path(lock.lock_file).unlink()
 
     def _say_what_is_not_used(self) -> None:
         """Say once that all results there are by other code or another torch; later some are by today's."""

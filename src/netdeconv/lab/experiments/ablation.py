@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from netdeconv import WhiteningConfig
-from netdeconv.lab.experiments.comparison import accuracy_cell, finals, loss_cell
+from netdeconv.lab.experiments.comparison import accuracy_cell, finals, grouped, loss_cell
 from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.report import Table
@@ -106,11 +106,9 @@ def _label(run: Mapping[str, Any]) -> tuple[str, Any]:
 
 def present(result: Mapping[str, Any]) -> Presentation:
     """What came out."""
-    groups: dict[tuple[str, Any], list[Mapping[str, Any]]] = {}
-    for run in result["runs"]:
-        groups.setdefault(_label(run), []).append(run)
-    default = groups["default", ""]
-    middle, noise = _mean_and_noise(default)
+    groups = grouped(result["runs"], _label)
+    default = finals(groups["default", ""])
+    middle, noise = statistics.fmean(default), statistics.stdev(default) if len(default) > 1 else None
     rows = []
     for (name, value), runs in groups.items():
         shown = f"{value:g}" if isinstance(value, float) else str(value)
@@ -145,13 +143,6 @@ def _default(result: Mapping[str, Any], name: str) -> Any:
     if value is None:
         return "32, in wide layers 16"
     return f"{value:g}" if isinstance(value, float) else value
-
-
-def _mean_and_noise(runs: list[Mapping[str, Any]]) -> tuple[float, float | None]:
-    values = finals(runs)
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
 
 
 def _draw(

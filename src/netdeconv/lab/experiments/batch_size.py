@@ -8,7 +8,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from netdeconv import ConfigError
-from netdeconv.lab.experiments.comparison import NAMES, accuracy_cell, best, best_rate, by_rate, finals, line
+from netdeconv.lab.experiments.comparison import (
+    NAMES,
+    accuracy_cell,
+    best,
+    best_rate,
+    finals,
+    grouped,
+    line,
+    rates_cell,
+)
 from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.report import Table
@@ -70,14 +79,12 @@ Cases = Mapping[tuple[int, str], list[Mapping[str, Any]]]
 
 def present(result: Mapping[str, Any]) -> Presentation:
     """What came out."""
-    cases: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
-    for run in sorted(result["runs"], key=lambda run: run["batch_size"]):
-        cases.setdefault((run["batch_size"], run["norm"]), []).append(run)
+    runs = sorted(result["runs"], key=lambda run: run["batch_size"])
+    cases = grouped(runs, lambda run: (run["batch_size"], run["norm"]))
     rows = []
-    for (size, norm), runs in cases.items():
-        tried = ", ".join(f"{accuracy_cell(same)} ({rate:g})" for rate, same in sorted(by_rate(runs).items()))
-        label, steps = f"{size}, {NAMES[norm]}", str(runs[0]["steps"])
-        rows.append([label, steps, f"{best_rate(runs):g}", accuracy_cell(best(runs)), tried])
+    for (size, norm), same in cases.items():
+        label, steps = f"{size}, {NAMES[norm]}", str(same[0]["steps"])
+        rows.append([label, steps, f"{best_rate(same):g}", accuracy_cell(best(same)), rates_cell(same)])
     first = result["runs"][0]
     note = (
         f"{first['network']} at width {first['width']:g} on {first['dataset']}: the same number of images for every "

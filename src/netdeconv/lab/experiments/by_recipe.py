@@ -17,6 +17,7 @@ from netdeconv.lab.experiments.comparison import (
     accuracy_cell,
     at_epochs,
     by_rate,
+    grouped,
     line,
     loss_cell,
 )
@@ -114,7 +115,7 @@ def present_compared(
         name: of the picture's file.
         published: tables to show beside.
     """
-    runs = {norm: [run for run in result["runs"] if run["norm"] == norm] for norm in METHODS}
+    runs = grouped(result["runs"], lambda run: run["norm"])
     caption = f"Training loss and {measure.title} by epoch, mean over the seeds, from the worst to the best of them."
     figure = Picture(f"{name}-curves", caption, lambda figure: _draw(figure, runs, measure))
     return Presentation([_table(runs, measure, note), *published], [figure])

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from netdeconv.lab import published
 from netdeconv.lab.experiments.cifar_picture import draw
-from netdeconv.lab.experiments.comparison import NAMES, accuracy_cell, best_rate, by_rate, finals, loss_cell
+from netdeconv.lab.experiments.comparison import NAMES, accuracy_cell, best_rate, by_rate, finals, grouped, loss_cell
 from netdeconv.lab.experiments.experiment import Picture, Presentation
 from netdeconv.lab.report import Table
 
@@ -57,11 +57,10 @@ class Group:
 
     def __init__(self, dataset: str, epochs: int, runs: Runs) -> None:
         self.dataset, self.epochs, self.runs = dataset, epochs, runs
-        cases: dict[tuple[str, float], Case] = {}
-        for run in runs:
-            place = run["network"], run["width"]
-            cases.setdefault(place, Case(*place, {})).runs.setdefault(run["norm"], []).append(run)
-        self.cases = list(cases.values())
+        cases = grouped(runs, lambda run: (run["network"], run["width"]))
+        self.cases = [
+            Case(network, width, grouped(same, lambda run: run["norm"])) for (network, width), same in cases.items()
+        ]
         self.norms = list(dict.fromkeys(run["norm"] for run in runs))
         self.others = [norm for norm in self.norms if norm != "bn"]
 
@@ -89,10 +88,8 @@ class Group:
 
 def present(result: Mapping[str, Any]) -> Presentation:
     """What came out, also of a run that has not ended."""
-    runs: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    for run in result["runs"]:
-        runs.setdefault((run["dataset"], run["epochs"]), []).append(run)
-    groups = [Group(*place, same) for place, same in runs.items()]
+    runs = grouped(result["runs"], lambda run: (run["dataset"], run["epochs"]))
+    groups = [Group(dataset, epochs, same) for (dataset, epochs), same in runs.items()]
     tables = [*map(_accuracy_table, groups), *map(_rates_table, groups)]
     pictures = [picture for group in groups for picture in _pictures(group, len(groups))]
     return Presentation(tables, pictures)
@@ -162,7 +159,7 @@ def _rates_table(group: Group) -> Table:
     rows = []
     for case in group.cases:
         for norm, runs in case.runs.items():
-            for rate, same in sorted(by_rate(runs).items(), reverse=True):
+            for rate, same in reversed(by_rate(runs).items()):
                 seconds = statistics.median(run["seconds_per_step"] for run in same)
                 cells = [NAMES.get(norm, norm), f"{rate:g}", ", ".join(str(run["seed"]) for run in same)]
                 rows.append([case.label, *cells, accuracy_cell(same), loss_cell(same), f"{seconds:.3f}"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,9 +20,11 @@ __all__ = [
     "best_rate",
     "by_rate",
     "finals",
+    "grouped",
     "line",
     "loss_cell",
     "percent",
+    "rates_cell",
 ]
 
 # Of the norms, in tables.
@@ -40,12 +42,17 @@ _LARGE = 1e4  # a loss of a training that has diverged, or nearly
 Run = Mapping[str, Any]
 
 
-def by_rate(runs: Iterable[Run]) -> dict[float, list[Run]]:
-    """Runs of one method by their rate."""
-    groups: dict[float, list[Run]] = {}
+def grouped(runs: Iterable[Run], key: Callable[[Run], Any]) -> dict[Any, list[Run]]:
+    """Runs by a key, in the order of their firsts."""
+    groups: dict[Any, list[Run]] = {}
     for run in runs:
-        groups.setdefault(run["rate"], []).append(run)
+        groups.setdefault(key(run), []).append(run)
     return groups
+
+
+def by_rate(runs: Iterable[Run]) -> dict[float, list[Run]]:
+    """Runs of one method by their rate, the lowest first."""
+    return dict(sorted(grouped(runs, lambda run: run["rate"]).items()))
 
 
 def finals(runs: Iterable[Run], logged: str = ACCURACY) -> list[float]:
@@ -94,6 +101,11 @@ def loss_cell(runs: Sequence[Run], logged: str = "train/loss") -> str:
     return f"{mean:.3f}" if abs(mean) < _LARGE else f"{mean:.1e}"
 
 
+def rates_cell(runs: Sequence[Run]) -> str:
+    """Every rate: its accuracy, and the rate in brackets."""
+    return ", ".join(f"{accuracy_cell(same)} ({rate:g})" for rate, same in by_rate(runs).items())
+
+
 def at_epochs(runs: Sequence[Run], logged: str) -> dict[float, list[float]]:
     """What was logged, seed by seed, by epoch; losses as they are, shares in per cent, numbers not finite left out."""
     factor = 1.0 if logged.endswith("/loss") else 100.0
@@ -104,7 +116,7 @@ def at_epochs(runs: Sequence[Run], logged: str) -> dict[float, list[float]]:
 
 def at_rates(runs: Iterable[Run], logged: str = ACCURACY) -> dict[float, list[float]]:
     """What was logged last, seed by seed, by rate."""
-    return {rate: finals(same, logged) for rate, same in sorted(by_rate(runs).items())}
+    return {rate: finals(same, logged) for rate, same in by_rate(runs).items()}
 
 
 def line(axes: Axes, values: Mapping[float, Sequence[float]], label: str, style: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from netdeconv.lab.experiments.comparison import (
     at_rates,
     best,
     by_rate,
+    grouped,
     line,
     percent,
 )
@@ -76,8 +77,8 @@ Runs = Mapping[str, Sequence[Mapping[str, Any]]]
 
 def present(result: Mapping[str, Any]) -> Presentation:
     """What came out."""
-    runs = {norm: [run for run in result["runs"] if run["norm"] == norm] for norm in METHODS}
-    if not all(runs.values()):
+    runs = grouped(result["runs"], lambda run: run["norm"])
+    if len(runs) < len(METHODS):
         return Presentation([])
     chosen = {norm: best(runs[norm], _CHOICE) for norm in METHODS}
     picture = Picture(

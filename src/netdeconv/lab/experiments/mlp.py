@@ -13,9 +13,10 @@ from netdeconv.lab.experiments.comparison import (
     at_epochs,
     best,
     best_rate,
-    by_rate,
+    grouped,
     line,
     loss_cell,
+    rates_cell,
 )
 from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation
 from netdeconv.lab.options import check_fields, option
@@ -75,9 +76,7 @@ def run(settings: MlpSettings, workspace: Workspace) -> Mapping[str, Any]:
 
 def present(result: Mapping[str, Any]) -> Presentation:
     """What came out."""
-    cases: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for run in result["runs"]:
-        cases.setdefault((run["dataset"], run["norm"]), []).append(run)
+    cases = grouped(result["runs"], lambda run: (run["dataset"], run["norm"]))
     rows = []
     for (dataset, norm), runs in cases.items():
         chosen = best(runs)
@@ -90,7 +89,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
                 accuracy_cell(chosen),
                 f"{statistics.fmean(loss[1]):.3f}" if 1 in loss else "diverged",
                 loss_cell(chosen),
-                ", ".join(f"{accuracy_cell(same)} ({rate:g})" for rate, same in sorted(by_rate(runs).items())),
+                rates_cell(runs),
             ]
         )
     first = result["runs"][0]
@@ -118,7 +117,6 @@ def _draw(figure: Figure, cases: Mapping[tuple[str, str], list[Mapping[str, Any]
                 runs = best(cases[dataset, norm])
                 line(axes, at_epochs(runs, "train/loss"), f"{name}, rate {runs[0]['rate']:g}", styles[norm])
         axes.set(xlabel="epoch", ylabel="training loss", title=_DATASETS[dataset], yscale="log")
-        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=8, frameon=False)
         tidy(axes)
 

@@ -87,7 +87,7 @@ def trained(workspace: Workspace, settings: TrainedSettings, norm: str) -> Train
     workspace.seconds += shared.seconds
 
     def look() -> tuple[nn.Module, Tensor]:
-        images = data.get(training)
+        images = data.of(training)
         with torch.random.fork_rng(devices=[]):
             net = make_network(training, images)
         net.load_state_dict(read_state_dict(weights))
