@@ -28,8 +28,8 @@ from netdeconv.lab.benchmark.settings import (
     StepSettings,
 )
 from netdeconv.lab.benchmark.timing import Candidate, Timings, interleaved_times, steady_plan
+from netdeconv.lab.devices import threads
 from netdeconv.lab.progress import Progress
-from netdeconv.lab.running import threads
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {"network": "resnet18", "width": 0.0625, "batch": 4, "size": 8, "threads": 1}

@@ -17,12 +17,12 @@ from matplotlib.text import Text
 from PIL import Image
 
 from netdeconv.cli import main
+from netdeconv.lab import train
 from netdeconv.lab.data import CIFAR10Data
-from netdeconv.lab.experiments import cifar_report, trials
+from netdeconv.lab.experiments import cifar_report
 from netdeconv.lab.experiments.cifar import CifarSettings, planned
-from netdeconv.lab.experiments.experiment import Workspace
-from netdeconv.lab.experiments.trials import Trial
 from netdeconv.lab.published import PARAMETERS
+from netdeconv.lab.train import Record, Training
 
 
 @pytest.fixture
@@ -59,12 +59,12 @@ def test_every_rate_gets_every_seed(
 ) -> None:
     trained = []
 
-    def train(trial: Trial, data: Any, workspace: Workspace) -> dict[str, Any]:
-        trained.append((trial.norm, trial.rate, trial.seed))
-        accuracy = {("bn", 0.05): 0.6, ("bn", 0.1): 0.5, ("nd", 0.1): 0.7}[trial.norm, trial.rate] + trial.seed / 10
-        return {**DONE, "curves": {"test/accuracy": [accuracy], "train/loss": [1.0]}}
+    def at_once(one: Training, *_: Any) -> Record:
+        trained.append((one.norm, one.rate, one.seed))
+        accuracy = {("bn", 0.05): 0.6, ("bn", 0.1): 0.5, ("nd", 0.1): 0.7}[one.norm, one.rate] + one.seed / 10
+        return Record(**DONE, curves={"test/accuracy": [accuracy], "train/loss": [1.0]})
 
-    monkeypatch.setattr(trials, "train", train)
+    monkeypatch.setattr(train, "train", at_once)
     assert main(["reproduce", "cifar", "--out", str(tmp_path), *SMALL, "--seeds", "2"]) == 0
     assert trained == [(norm, rate, seed) for seed in (0, 1) for norm, rate in (("bn", 0.05), ("nd", 0.1), ("bn", 0.1))]
     shown = " ".join(capsys.readouterr().out.split())
@@ -88,7 +88,7 @@ def test_finished_runs_are_not_repeated(root: Path, tmp_path: Path, monkeypatch:
     assert [(run["norm"], run["rate"], run["steps"]) for run in first["result"]["runs"]] == [
         ("bn", 0.05, 3), ("nd", 0.1, 3), ("bn", 0.1, 3)
     ]  # fmt: skip
-    monkeypatch.setattr(trials, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained again"))
     assert main(command) == 0
     assert json.loads((tmp_path / "cifar" / "result.json").read_text())["result"] == first["result"]
 
@@ -99,7 +99,7 @@ PLAIN = {"dataset": "cifar10", "network": "vgg11", "width": 0.03, "norm": "bn", 
 
 @pytest.mark.parametrize(("norm", "block", "differentiable"), [("nd", 512, True), ("nd-paper", 512, True)])
 def test_networks_of_the_norms(norm: str, block: int, differentiable: bool) -> None:
-    made = trials.make_network(Trial(**{**PLAIN, "norm": norm}), CIFAR10Data(root=Path()))
+    made = train.make_network(Training(**{**PLAIN, "norm": norm}), CIFAR10Data(root=Path()))
     assert "BatchNorm2d" not in {type(module).__name__ for module in made.modules()}
     assert made.features[0].whitening.config.differentiable == (norm == "nd-paper")
     assert made.classifier.whitening.config.block_size == block
@@ -107,8 +107,8 @@ def test_networks_of_the_norms(norm: str, block: int, differentiable: bool) -> N
 
 
 def test_settings_of_whitening_reach_the_layers() -> None:
-    trial = Trial(**{**PLAIN, "norm": "nd"}, whitening=(("num_iters", 8), ("eps", 1e-3)))
-    config = trials.make_network(trial, CIFAR10Data(root=Path())).features[0].whitening.config
+    training = Training(**{**PLAIN, "norm": "nd"}, whitening=(("num_iters", 8), ("eps", 1e-3)))
+    config = train.make_network(training, CIFAR10Data(root=Path())).features[0].whitening.config
     assert (config.num_iters, config.eps) == (8, 1e-3)
 
 

@@ -11,10 +11,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from netdeconv import ConfigError
+from netdeconv.lab import train
 from netdeconv.lab.data import DigitsData
-from netdeconv.lab.experiments import fitted, trained
+from netdeconv.lab.experiments import trained
+from netdeconv.lab.experiments.by_recipe import Measure, present_compared
 from netdeconv.lab.experiments.experiment import Experiment, Presentation
-from netdeconv.lab.experiments.fitted_report import Measure, present_fits
 from netdeconv.lab.experiments.registry import load
 from netdeconv.lab.experiments.results import Outcome, carry_out
 from netdeconv.lab.plots import png
@@ -59,7 +60,7 @@ def test_networks_are_trained_once_for_both_experiments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variation: Variation
 ) -> None:
     correlation = carried_out("correlation", tmp_path, seed=variation.seed)
-    monkeypatch.setattr(trained, "fit", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(trained, "train", lambda *_, **__: pytest.fail("trained again"))
     sparsity = carried_out("sparsity", tmp_path, seed=variation.seed)
     networks = correlation.record["result"]["networks"]
     for layer in networks["nd"]["layers"]:
@@ -79,11 +80,11 @@ def test_the_command_fit_trains_what_is_compared(tmp_path: Path, monkeypatch: py
     outcome = carried_out("imagenet", tmp_path, network="small", bn_rates=(0.1, 0.02))
     runs = outcome.record["result"]["runs"]
     assert [(run["norm"], run["rate"]) for run in runs] == [("bn", 0.1), ("bn", 0.02), ("nd", 0.1)]
-    assert all(math.isfinite(run["epochs"][0]["train/loss"]) and run["parameters"] > 1000 for run in runs)
+    assert all(math.isfinite(run["curves"]["train/loss"][0]) and run["parameters"] > 1000 for run in runs)
     assert len(list((tmp_path / "imagenet" / "fits").glob("*/checkpoints/last.ckpt"))) == 3
-    assert outcome.presentation.tables[1].rows[0][:2] == ["vgg11", "none"]
+    assert outcome.presentation.tables[1].rows[0][:2] == ["vgg11", "no normalisation"]
     # What is finished is found again, though its images were generated anew and in another place.
-    monkeypatch.setattr(fitted, "fitted", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained again"))
     again = carried_out("imagenet", tmp_path, network="small", bn_rates=(0.1, 0.02))
     assert again.record["result"]["runs"] == runs
 
@@ -92,9 +93,9 @@ def test_a_training_that_diverges_is_a_result_as_well(tmp_path: Path) -> None:
     outcome = carried_out("imagenet", tmp_path, network="small", bn_rates=(1e30,), nd_rates=(0.1,))
     diverged, other = outcome.record["result"]["runs"]
     assert (diverged["rate"], other["rate"]) == (1e30, 0.1)
-    losses = [value for name, value in diverged["epochs"][0].items() if name.endswith("/loss")]
-    assert any(value is None or math.isnan(value) for value in losses)
-    assert len(other["epochs"]) == 1
+    assert diverged["diverged"] and None in (diverged["curves"]["train/loss"] + diverged["curves"]["validation/loss"])
+    assert not other["diverged"] and len(other["curves"]["train/loss"]) == 1
+    assert "diverged" in outcome.presentation.tables[0].rows[0]
 
 
 def test_data_that_are_not_there_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,25 +104,33 @@ def test_data_that_are_not_there_are_said(tmp_path: Path, monkeypatch: pytest.Mo
         carried_out("cityscapes", tmp_path, data="streets")
 
 
-def presented(*runs: tuple[str, float, float | None]) -> Presentation:
-    """Of trainings by norm, rate and the measure after the last epoch; ``None`` as a loss that is not finite."""
+def presented(*runs: tuple[str, float, float]) -> Presentation:
+    """Of trainings by norm, rate and the measure after the last epoch; a loss that is not finite where that is 0."""
     result = {
         "runs": [
             {
                 "norm": norm,
                 "rate": rate,
                 "seed": seed,
-                "epochs": [{"epoch": 1.0, "train/loss": 1.0, "validation/loss": 2.0, "validation/miou": score}],
+                "curves": {
+                    "train/loss": [1.0, 1.0 if score else None],
+                    "validation/loss": [None, 2.0],
+                    "validation/miou": [None, score],
+                },
             }
             for seed, (norm, rate, score) in enumerate(runs)
         ],
     }
-    return present_fits(result, Measure("validation/miou", "mIoU"), note="", name="x")
+    return present_compared(result, Measure("validation/miou", "mIoU"), note="", name="x")
 
 
 def test_seeds_are_averaged_and_divergence_is_shown() -> None:
-    found = presented(("bn", 0.1, 0.2), ("bn", 0.1, 0.3), ("nd", 0.1, None))
-    assert [row[3] for row in found.tables[0].rows] == ["25.0 ± 7.1 %", "diverged"]
+    found = presented(("bn", 0.1, 0.2), ("bn", 0.1, 0.3), ("nd", 0.1, 0.0))
+    assert [list(row[3:]) for row in found.tables[0].rows] == [
+        ["25.0 ± 7.1 %", "2.000", "1.000"], ["0.0 %", "2.000", "diverged"]
+    ]  # fmt: skip
     figure = Figure()
     found.figures[0].draw(figure)
     assert png(figure).startswith(b"\x89PNG")
+    (_, score) = figure.axes
+    assert list(score.lines[0].get_xdata()) == [2]  # the only epoch that was evaluated

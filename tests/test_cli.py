@@ -51,10 +51,10 @@ def test_a_wrong_command_line_is_one_line(argv: list[str], message: str, capsys:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--epochs", "0"], "expected epochs of at least 1, got 0"),
-        (["--seeds", "-1"], "expected seeds of at least 1, got -1"),
-        (["--rates", "0.1", "0"], "expected learning rates above 0"),
-        (["--rates", "0.1", "0.1"], "expected learning rates that differ"),
+        (["--epochs", "0"], "expected epochs above 0, got 0"),
+        (["--seeds", "-1"], "expected seeds above 0, got -1"),
+        (["--rates", "0.1", "0"], "expected rates above 0, got 0"),
+        (["--rates", "0.1", "0.1"], "expected values of rates that differ"),
         (["--target", "97"], "between 0 and 1, got 97"),
     ],
 )

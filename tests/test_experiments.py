@@ -15,14 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from netdeconv import WhitenedConv2d, WhitenedLinear, WhiteningConfig
 from netdeconv.cli import main
-from netdeconv.lab import plots
-from netdeconv.lab.experiments import trials
+from netdeconv.lab import plots, train
+from netdeconv.lab.experiments import comparison
 from netdeconv.lab.experiments.cost_flops import Convolution, convolutions, whitening_flops
-from netdeconv.lab.experiments.experiment import Workspace
 from netdeconv.lab.experiments.registry import EXPERIMENTS, load
 from netdeconv.lab.experiments.results import carry_out
-from netdeconv.lab.experiments.trials import Trial
 from netdeconv.lab.progress import Progress, quiet_lightning
+from netdeconv.lab.train import Record, Training, run_trainings
+from netdeconv.lab.workspace import Workspace
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -120,16 +120,16 @@ def run_of(norm: str, rate: float, accuracy: float, **changes: Any) -> dict[str,
 
 def test_the_best_rate_is_that_of_the_mean_over_seeds() -> None:
     runs = [run_of("bn", 0.1, 0.9), run_of("bn", 0.1, 0.1, seed=1), run_of("bn", 0.02, 0.6)]
-    assert trials.best_rate(runs) == 0.02
-    assert trials.accuracy_cell(trials.by_rate(runs)[0.1]) == "50.0 ± 56.6 %"
+    assert comparison.best_rate(runs) == 0.02
+    assert comparison.accuracy_cell(comparison.by_rate(runs)[0.1]) == "50.0 ± 56.6 %"
 
 
 def test_a_run_that_is_not_finite_counts_nothing() -> None:
-    assert trials.accuracies([run_of("bn", 0.1, 0.5, curves={"test/accuracy": [None]})]) == [0]
+    assert comparison.finals([run_of("bn", 0.1, 0.5, curves={"test/accuracy": [None]})]) == [0]
 
 
 def test_the_perceptron_is_the_papers() -> None:
-    net = trials.mlp(784, 10)
+    net = train.mlp(784, 10)
     assert [tuple(m.weight.shape) for m in net if isinstance(m, nn.Linear)] == [(128, 784), (128, 128), (10, 128)]
 
 
@@ -181,7 +181,7 @@ def test_the_ablation_varies_what_the_default_is() -> None:
 
 
 def test_a_trial_of_few_steps_takes_so_many(tmp_path: Path) -> None:
-    trial = Trial(dataset="digits", network="small", norm="nd", rate=0.1, steps=3, batch_size=16)
+    training = Training(dataset="digits", network="small", norm="nd", rate=0.1, steps=3, batch_size=16)
     published: list[list[float]] = []
     workspace = Workspace(
         tmp_path,
@@ -190,14 +190,14 @@ def test_a_trial_of_few_steps_takes_so_many(tmp_path: Path) -> None:
         publish=lambda result: published.append([run["rate"] for run in result["runs"]]),
     )
     with quiet_lightning():
-        (found,) = trials.run_trials([trial], workspace, before=[{"rate": 0.02}])
+        _, found = run_trainings([training], workspace, before=[{"rate": 0.02}])["runs"]
     assert published == [[0.02, 0.1]]
     assert found["steps"] == 3
     assert len(found["curves"]["test/accuracy"]) == 1
 
 
 def test_trials_of_other_processes_come_last_and_are_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = [Trial(dataset="digits", network="small", norm="nd", rate=rate) for rate in (0.1, 0.2, 0.3)]
+    plan = [Training(dataset="digits", network="small", norm="nd", rate=rate) for rate in (0.1, 0.2, 0.3)]
     trained, published = [], []
     workspace = Workspace(
         tmp_path,
@@ -206,24 +206,25 @@ def test_trials_of_other_processes_come_last_and_are_published(tmp_path: Path, m
         publish=lambda result: published.append([run["rate"] for run in result["runs"]]),
     )
 
-    def train(trial: Trial, data: Any, space: Workspace) -> dict[str, Any]:
-        trained.append(trial.rate)
-        if trial.rate == 0.2:  # meanwhile another process finishes the first
-            store.save(plan[0].name, theirs, {"result": {"by": "another"}, "seconds": 60})
+    def at_once(training: Training, *_: Any) -> Record:
+        trained.append(training.rate)
+        if training.rate == 0.2:  # meanwhile another process finishes the first
             other.release()
-        return {"by": "this one"}
+            elsewhere.part(plan[0].name, plan[0].settings(), lambda: dataclasses.asdict(record(1)))
+        return record(2)
 
-    store, theirs = workspace.store, {**dataclasses.asdict(plan[0]), **workspace.identity(workspace.code)}
-    store.folder.mkdir()
-    other = FileLock(store.path(plan[0].name, theirs, "lock"))
+    def record(by: int) -> Record:
+        return Record(curves={}, steps=by, parameters=0, diverged=False)
+
+    elsewhere = Workspace(tmp_path, code=(), progress=Progress(1, show=False))
+    other = FileLock(workspace.path(plan[0].name, plan[0].settings(), "lock"))
+    Path(other.lock_file).parent.mkdir()
     other.acquire()
-    monkeypatch.setattr(trials, "train", train)
-    monkeypatch.setattr(trials.DataSets, "get", lambda self, trial: None)
-    found = trials.run_trials(plan, workspace)
+    monkeypatch.setattr(train, "train", at_once)
+    found = run_trainings(plan, workspace)["runs"]
     assert trained == [0.2, 0.3]
     assert published == [[0.1, 0.2], [0.1, 0.2, 0.3]]
-    assert [run["by"] for run in found] == ["another", "this one", "this one"]
-    assert workspace.seconds == pytest.approx(60, abs=10)
+    assert [run["steps"] for run in found] == [1, 2, 2]
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def test_it_is_moments_root_and_fold(num_iters: int, biased: bool) -> None:
     moments = patch_moments(x, blocks)
     root = inverse_sqrt(moments.covs[0] + 1e-3 * torch.eye(7), num_iters=num_iters)
     expected = F.linear(x, *fold(weight, bias, moments.mean, [root], blocks))
-    y, *found = whitened_linear(x, weight, bias, eps=1e-3, num_iters=num_iters)
+    y, *found, _ = whitened_linear(x, weight, bias, eps=1e-3, num_iters=num_iters)
     torch.testing.assert_close(y, expected, **CLOSE)
     torch.testing.assert_close(tuple(found), (moments.mean, moments.covs[0], root), **CLOSE)
     assert not any(value.requires_grad for value in found)
@@ -90,7 +90,13 @@ def both(layer: WhitenedLinear, monkeypatch: pytest.MonkeyPatch, steps: int, row
 
 @pytest.mark.parametrize(
     "config",
-    [None, WhiteningConfig(num_iters=5, eps=0.1), WhiteningConfig(momentum=None), WhiteningConfig(num_iters=2)],
+    [
+        None,
+        WhiteningConfig(num_iters=5, eps=0.1),
+        WhiteningConfig(momentum=None),
+        WhiteningConfig(num_iters=2),
+        WhiteningConfig(block_size=2),
+    ],
     ids=str,
 )
 def test_a_layer_trains_and_remembers_the_same(
@@ -99,7 +105,7 @@ def test_a_layer_trains_and_remembers_the_same(
     torch.manual_seed(0)
     calls: list[int] = []
     node = whitened_linear
-    monkeypatch.setattr("netdeconv.nn.linear.whitened_linear", lambda *a, **k: calls.append(1) or node(*a, **k))
+    monkeypatch.setattr("netdeconv.nn.whitening.whitened_linear", lambda *a, **k: calls.append(1) or node(*a, **k))
     ours, theirs = both(WhitenedLinear(6, 3, whitening=config), monkeypatch, steps=5, rows=20)
     assert len(calls) == 5
     for (name, value), other in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
@@ -112,7 +118,8 @@ def test_a_layer_trains_and_remembers_the_same(
 @pytest.mark.parametrize(
     ("config", "rows"),
     [
-        (WhiteningConfig(block_size=2), 20),
+        (WhiteningConfig(block_size=4), 20),
+        (WhiteningConfig(block_size=2, grouping="interleaved"), 20),
         (WhiteningConfig(num_iters=4), 20),
         (WhiteningConfig(solver="eigh"), 20),
         (WhiteningConfig(update_every=16), 20),
@@ -131,12 +138,36 @@ def test_what_it_cannot_compute_goes_the_other_way(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError
 
-    monkeypatch.setattr("netdeconv.nn.linear.whitened_linear", never)
+    monkeypatch.setattr("netdeconv.nn.whitening.whitened_linear", never)
     features = 48 if rows == 5 else 6
     layer = WhitenedLinear(features, 3, whitening=config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NonFiniteWarning)
         layer(torch.randn(rows, features)).sum().backward()
+
+
+@pytest.mark.parametrize("block", [6, 3])
+@pytest.mark.parametrize("good", [True, False])
+def test_who_cannot_look_gets_other_statistics_where_the_rows_have_none(good: bool, block: int) -> None:
+    x, weight = correlated(30, 6), correlated(4, 6, seed=1)
+    if not good:
+        x = torch.full_like(x, 3.0).requires_grad_()
+    root = torch.eye(block, dtype=torch.float64) * 2
+    others = (torch.arange(6.0, dtype=torch.float64), root)
+    y, mean, _, used, counts = whitened_linear(x, weight, None, eps=1e-3, num_iters=3, block=block, otherwise=others)
+    assert counts is not None
+    assert bool(counts) == good
+    if good:
+        expected, *_ = whitened_linear(x, weight, None, eps=1e-3, num_iters=3, block=block)
+    else:
+        expected = (x - others[0]) * 2 @ weight.T
+        torch.testing.assert_close((mean, used), others)
+    torch.testing.assert_close(y, expected, **CLOSE)
+    along = torch.randn(y.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for graph in (False, True):
+        ours, theirs = (torch.autograd.grad(out, [x, weight], along, create_graph=graph, retain_graph=True)
+                        for out in (y, expected))  # fmt: skip
+        torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 3.0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,12 +16,13 @@ import torch
 
 from netdeconv import ConfigError
 from netdeconv.cli import main
-from netdeconv.lab.experiments.experiment import SIZES, Experiment, Picture, Presentation, Workspace
+from netdeconv.lab.experiments.experiment import SIZES, Experiment, Picture, Presentation
 from netdeconv.lab.experiments.results import carry_out, markdown, origin, outcomes
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.progress import Progress
 from netdeconv.lab.report import Table
-from netdeconv.lab.store import RunStore
+from netdeconv.lab.store import read_json, write_json
+from netdeconv.lab.workspace import Workspace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,7 +132,7 @@ def test_a_device_is_part_of_what_numbers_depend_on(tmp_path: Path, capsys: pyte
 
 def test_minutes_are_those_of_all_parts_whenever_they_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 6000, 60))
-    monkeypatch.setattr("netdeconv.lab.experiments.experiment.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("netdeconv.lab.workspace.time.perf_counter", lambda: next(clock))
     first = carry_out(EXPERIMENT, Settings(), tmp_path, command="", show=False)
     again = carry_out(EXPERIMENT, Settings(), tmp_path, command="", show=False)
     assert first.record["minutes"] == again.record["minutes"] == 2
@@ -138,18 +140,56 @@ def test_minutes_are_those_of_all_parts_whenever_they_ran(tmp_path: Path, monkey
 
 def test_a_part_belongs_to_one_process_until_it_ends(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from netdeconv.lab.store import RunStore\n"
-        "with RunStore(Path(sys.argv[1])).claimed('part', {}, wait=True) as mine:\n"
-        "    print(mine, flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path\n"
+        "from netdeconv.lab.progress import Progress; from netdeconv.lab.workspace import Workspace\n"
+        "workspace = Workspace(Path(sys.argv[1]), code=(), progress=Progress(1, show=False))\n"
+        "workspace.part('part', {}, lambda: print('mine', flush=True) or time.sleep(600))"
     )
-    store = RunStore(tmp_path)
+    workspace = Workspace(tmp_path, code=(), progress=Progress(1, show=False))
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None and other.stdout.readline() == "True\n"
-        with store.claimed("part", {}, wait=False) as mine:
-            assert not mine
+        assert other.stdout is not None and other.stdout.readline() == "mine\n"
+        assert workspace.part_if_free("part", {}, lambda: {"by": "us"}) is None
         other.kill()
-    with store.claimed("part", {}, wait=True) as mine:
-        assert mine
+    assert workspace.part("part", {}, lambda: {"by": "us"}) == {"by": "us"}
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_parts_are_found_by_their_exact_settings(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path, code=(), progress=Progress(1, show=False))
+    settings = {"rate": 0.1, "grid": (1, 2)}
+    assert workspace.part("a", settings, lambda: {"loss": math.nan}) == {"loss": None}
+    assert workspace.finished("a", settings) == {"loss": None}
+    assert workspace.finished("a", {**settings, "rate": 0.2}) is None
+    assert workspace.finished("b", settings) is None
+    file = workspace.path("a", settings)
+    kept = read_json(file)
+    write_json(file, {**kept, "settings": {**kept["settings"], "rate": 0.2}})  # as if two settings had one hash
+    assert workspace.finished("a", settings) is None
+    file.write_text('{"settings"')  # a part of a file
+    assert workspace.part("a", settings, lambda: {"loss": 1.0}) == {"loss": 1.0}
+
+
+def test_fresh_repeats_what_is_finished_once(tmp_path: Path) -> None:
+    progress = Progress(1, show=False)
+    assert Workspace(tmp_path, code=(), progress=progress).part("a", {}, lambda: {"run": 1}) == {"run": 1}
+    fresh = Workspace(tmp_path, code=(), progress=progress, fresh=True)
+    assert fresh.finished("a", {}) is None
+    assert fresh.part("a", {}, lambda: {"run": 2}) == {"run": 2}
+    assert fresh.part("a", {}, lambda: {"run": 3}) == {"run": 2}
+
+
+def test_parts_of_other_code_are_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def parts(code: str, **settings: Any) -> str:
+        with Progress(2) as progress:
+            workspace = Workspace(tmp_path, code=(code,), progress=progress)
+            for name in ("a", "b"):
+                workspace.part(name, settings, lambda: {"found": 1})
+        return capsys.readouterr().err
+
+    for settings in ({}, {}, {"seed": 1}):
+        assert "not used" not in parts("config.py", **settings)
+    assert parts("errors.py").count(f"{tmp_path / 'parts'}: the 4 results there are by other code") == 1
+    assert "not used" not in parts("errors.py", seed=2)
 
 
 def test_report_writes_tables_pictures_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,6 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from netdeconv import __version__
@@ -141,48 +140,15 @@ def _complain(prog: str, what: str, remedy: str) -> int:
 
 
 def _demo_arguments(parser: argparse.ArgumentParser) -> None:
-    from netdeconv.lab.experiments.demo_settings import DemoSettings
-    from netdeconv.lab.options import add_options
+    from netdeconv.lab import reproduce_command
 
-    helps = {
-        "epochs": ("N", "passes over the training images"),
-        "seeds": ("N", "runs at every learning rate"),
-        "rates": ("RATE", "learning rates to try"),
-        "batch_size": ("N", "images in a training batch"),
-        "target": ("SHARE", "test accuracy to count the epochs to"),
-        "threads": ("N", "threads to compute with"),
-    }
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="run folder (default: runs/demo)"
-    )
-    add_options(parser, DemoSettings, helps)
-    quick = DemoSettings.quick()
-    rates = " ".join(f"{rate:g}" for rate in quick.rates)
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help=f"other defaults: {quick.epochs} epochs, {quick.seeds} seeds, rates {rates}",
-    )
-    parser.add_argument("--fresh", action="store_true", help="repeat runs that are finished already")
-    parser.add_argument("--quiet", action="store_true", help="no progress, only the table")
+    reproduce_command.demo_arguments(parser)
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from netdeconv.lab.experiments.demo_settings import DemoSettings
+    from netdeconv.lab import reproduce_command
 
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(DemoSettings) if hasattr(args, f.name)}
-    if "rates" in given:
-        given["rates"] = tuple(given["rates"])
-    settings = DemoSettings.quick(**given) if args.quick else DemoSettings(**given)
-    try:
-        from netdeconv.lab.experiments import demo, demo_report
-
-        metrics = demo.run_demo(args.out, settings, fresh=args.fresh, show=not args.quiet)
-    except KeyboardInterrupt:
-        print(f"\nStopped. Finished runs are kept; the same command goes on from {args.out}.", file=sys.stderr)
-        return _INTERRUPTED
-    print("\n" + demo_report.summary(metrics, args.out))
-    return 0
+    return reproduce_command.demo(args)
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:

@@ -118,27 +118,25 @@ def mean_patch(x: Tensor, window: Window) -> Tensor:
     mean = (x.movedim(1, -1) if channels_last else x).mean(0, dtype=dtype)
     with without_autocast(x.device.type):
         if window.taps * math.prod(size) <= _SMALL:
-            shares = _map_shares(window, tuple(size), not channels_last, dtype, x.device)
-            mean = shares @ mean.flatten(0, -2) if channels_last else mean.flatten(1) @ shares
-        else:
-            before, behind = 1 if channels_last else channels, mean.numel() // (1 if channels_last else channels)
-            for dim, length in enumerate(size):
-                behind //= length
-                shares = _tap_shares(window, dim, length, dtype, x.device)
-                mean = shares @ mean.reshape(before, length, behind)
-                before *= window.kernel_size[dim]
+            shares = _map_shares(window, tuple(size), dtype, x.device)
+            mean = (mean.flatten(0, -2).T if channels_last else mean.flatten(1)) @ shares
+            return mean.flatten()
+        before, behind = 1 if channels_last else channels, mean.numel() // (1 if channels_last else channels)
+        for dim, length in enumerate(size):
+            behind //= length
+            shares = _tap_shares(window, dim, length, dtype, x.device)
+            mean = shares @ mean.reshape(before, length, behind)
+            before *= window.kernel_size[dim]
     return (mean.reshape(window.taps, channels).T if channels_last else mean).flatten()
 
 
 @cached_constant
-def _map_shares(
-    window: Window, size: tuple[int, ...], transposed: bool, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """``(taps, positions of the map)``: :func:`_tap_shares` of all dimensions, multiplied."""
+def _map_shares(window: Window, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``(positions of the map, taps)``: :func:`_tap_shares` of all dimensions, multiplied."""
     shares = torch.ones(1, 1, dtype=dtype, device=device)
     for dim, length in enumerate(size):
         shares = torch.kron(shares, _tap_shares(window, dim, length, dtype, device))
-    return shares.mT if transposed else shares
+    return shares.mT
 
 
 @cached_constant

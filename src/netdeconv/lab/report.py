@@ -8,13 +8,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-import jinja2
-
 __all__ = ["Page", "Table"]
-
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("netdeconv.lab"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,5 +88,10 @@ class Page:
 
     def to_html(self) -> str:
         """The whole page."""
-        page = _TEMPLATES.get_template("page.html")
+        import jinja2  # here, as tables do without it
+
+        templates = jinja2.Environment(
+            loader=jinja2.PackageLoader("netdeconv.lab"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        )
+        page = templates.get_template("page.html")
         return page.render(title=self.title, wide=self.wide, parts=self._parts) + "\n"

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from netdeconv.functional import Moments, varies, what_varies
+from netdeconv.functional import Moments, Slope, varies, what_varies
 from netdeconv.functional.tracing import traced
+from netdeconv.nn.averages import update_share
 from netdeconv.nn.estimator import Estimator
 from netdeconv.nn.refresh import all_finite, chosen
 from netdeconv.nn.running import Batch, RunningStatistics
@@ -61,6 +63,30 @@ class BatchStatistics(RunningStatistics):
         else:
             scale, slope = self.estimator.scale_of(var), None
         return Batch(moments.mean, var, scale, slope, counts), sample
+
+    def _by_kernels(self, kernels: Any, x: Tensor, *, count: bool) -> Batch:
+        """What this batch says, remembered, in two launches; see :func:`netdeconv.functional.kernels.look`.
+
+        Args:
+            count: whether this is all that the step does.
+        """
+        assert self.running_var is not None
+        config, steps, rows = self.config, self._clock.steps + 1, self.estimator.rows_for_variance(x)
+        x = x.detach()
+        moments = self.estimator.mean_of(x)
+        scale, about, own, common, counts = kernels.look(
+            x,
+            moments.mean,
+            kernels.Buffers(self.running_mean, self.running_var, self.num_steps, self.num_skipped, self.num_updates),
+            share=update_share(config, 1, steps, steps),
+            share_of_first=self._clock.updated or (config.momentum is not None and not config.debias),
+            max_rows=rows,
+            eps=config.eps,
+            several=moments.total > 1 or not config.debias,
+            count=count,
+        )
+        increment_version(self.running_mean)  # which torch does for its own operators
+        return Batch(moments.mean, None, scale, Slope(about, own, common, rows, config.eps), counts)
 
     def _joined(
         self, moments: Moments, sample: Moments | None, channels: tuple[Tensor, Tensor, int] | None

@@ -19,6 +19,7 @@ __all__ = ["FoldCache"]
 Folded = tuple["Tensor", "Tensor"]
 Mark = tuple["Tensor", int, "Tensor"]
 
+_NOTHING = torch.empty(0, device="cpu")
 _SMALL = 2**14  # numbers, up to which a copy to compare with is cheaper than a product
 
 
@@ -30,8 +31,9 @@ class FoldCache:
     changes through ``.data``, which no counter counts; a change too small for the product is a rounding error in the
     output as well.
 
-    On other devices than the CPU nothing is kept: there a comparison would have to wait for the device, and folding
-    is quick. Copies and pickles of a layer start empty.
+    On other devices than the CPU only memory and version are looked at, as a comparison would have to wait for the
+    device: there a change through ``.data`` is seen after the next :meth:`forget`, which layers call when their mode is
+    set. Copies and pickles of a layer start empty.
     """
 
     def __init__(self) -> None:
@@ -39,6 +41,11 @@ class FoldCache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FoldCache, ()
+
+    def forget(self) -> None:
+        """Compute anew next time what was not compared."""
+        if self._kept is not None and any(seen is _NOTHING for *_, seen in self._kept[0]):
+            self._kept = None
 
     def folded(self, made_of: Sequence[Tensor], compute: Callable[[], Folded]) -> Folded:
         """``compute()``, or what it returned last time if none of ``made_of`` has changed since."""
@@ -51,7 +58,7 @@ class FoldCache:
             return kept[1]
         # Aliases, so that their memory cannot be given to another tensor meanwhile.
         marks = [
-            (tensor.detach(), tensor._version, seen.clone() if _is_small(tensor) else seen)
+            (tensor.detach(), tensor._version, seen.clone() if seen is not _NOTHING and _is_small(tensor) else seen)
             for tensor, seen in zip(made_of, prints, strict=True)
         ]
         folded = compute()
@@ -72,9 +79,9 @@ def _unchanged(made_of: Sequence[Tensor], prints: Sequence[Tensor], marks: Seque
 
 
 def _can_be_watched(tensor: Tensor) -> bool:
-    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_inference()
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not (tensor.is_inference() or tensor.is_meta)
     # Inside torch.func.vmap and its like a tensor has no memory of its own to look at.
-    return plain and tensor.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _is_small(tensor: Tensor) -> bool:
@@ -84,8 +91,10 @@ def _is_small(tensor: Tensor) -> bool:
 def _fingerprint(tensor: Tensor) -> Tensor:
     """A small tensor itself; of a large one a number per row, in float32 at least.
 
-    NaN is never equal to itself: weights with NaN are always folded.
+    NaN is never equal to itself: weights with NaN are always folded. On other devices nothing.
     """
+    if tensor.device.type != "cpu":
+        return _NOTHING
     constant = tensor.detach() if tensor.requires_grad else tensor
     if _is_small(tensor):
         return constant

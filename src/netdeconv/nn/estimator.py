@@ -90,13 +90,19 @@ class Estimator:
 
     def variance_of(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
         """Mean and variance of every channel of x, and of how many entries they are; the variance has a gradient."""
-        return channel_variance(x, max_rows=_rows_for_variance(x))
+        return channel_variance(x, max_rows=self.rows_for_variance(x))
+
+    @staticmethod
+    def rows_for_variance(x: Tensor) -> int:
+        """How many positions of x are enough for a variance."""
+        positions = x.numel() // max(1, x.shape[0] * x.shape[1])
+        return max(_ROWS_FOR_VARIANCE, _IMAGES_FOR_VARIANCE * positions)
 
     def scale_and_slope(
         self, x: Tensor, var: Tensor, mean: Tensor, count: int, *, all_above: bool
     ) -> tuple[Tensor, Slope]:
         """The scale, and its gradient where that is computed by hand; arguments of and from :meth:`variance_of`."""
-        most, eps = _rows_for_variance(x), self.config.eps
+        most, eps = self.rows_for_variance(x), self.config.eps
         return scale_and_slope(var, mean, count, max_rows=most, eps=eps, all_above=all_above)
 
     def scale_of(self, var: Tensor) -> Tensor:
@@ -151,11 +157,6 @@ class Estimator:
         found = json.loads(serialized)
         window = Window(**{key: _tuples(value) for key, value in found["window"].items()})
         return cls(found["channels"], window, found["groups"], WhiteningConfig(**found["config"]), found["kind"])
-
-
-def _rows_for_variance(x: Tensor) -> int:
-    positions = x.numel() // max(1, x.shape[0] * x.shape[1])
-    return max(_ROWS_FOR_VARIANCE, _IMAGES_FOR_VARIANCE * positions)
 
 
 def _plain(number: Any) -> Any:

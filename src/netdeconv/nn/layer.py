@@ -46,6 +46,11 @@ class WhitenedLayer(nn.Module):
     def _fold(self, found: Statistics, weight: Tensor) -> tuple[Tensor, Tensor]:
         return fold(weight, self.bias, found.mean, found.roots, self.whitening.blocks, found.scale)
 
+    def train(self, mode: bool = True) -> WhitenedLayer:
+        """Switch mode, and fold anew in the next evaluation."""
+        self._cache.forget()
+        return super().train(mode)
+
     @functools.cached_property
     def _cache(self) -> FoldCache:
         return FoldCache()

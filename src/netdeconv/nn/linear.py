@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from netdeconv.errors import ShapeError
-from netdeconv.functional import Window, whitened_linear
+from netdeconv.functional import Window
+from netdeconv.functional.precision import as_dtype, autocasts
 from netdeconv.functional.tracing import as_leaf, is_symbol
 from netdeconv.nn.layer import WhitenedLayer, check_at_least_one, check_channels, check_floating
 from netdeconv.nn.whitening import Whitening
@@ -64,10 +65,10 @@ class WhitenedLinear(WhitenedLayer, nn.Linear):
             self._check(x, own.dtype)
         rows, whitening = x.reshape(-1, self.in_features), self.whitening
         if whitening.takes_own_root(rows):
-            eps, num_iters = whitening.config.eps, whitening.config.num_iters
-            assert num_iters is not None
-            y, *found = whitened_linear(rows, own, self.bias, eps=eps, num_iters=num_iters)
-            if whitening.took(*found):
+            y = whitening.own_root(rows, own, self.bias)
+            if y is not None:
+                kind = x.device.type
+                y = as_dtype(y, torch.get_autocast_dtype(kind) if autocasts(kind) else x.dtype)
                 return y.reshape(*x.shape[:-1], self.out_features)
         weight, bias = self.whitened_parameters(rows, own)
         return F.linear(x, weight, bias)

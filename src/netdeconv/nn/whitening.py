@@ -6,15 +6,18 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from netdeconv.config import WhiteningConfig
 from netdeconv.errors import StatisticsError
-from netdeconv.functional import Window, what_varies
+from netdeconv.functional import Window, what_varies, whitened_linear
 from netdeconv.functional.isqrt import solves_by_chebyshev
-from netdeconv.functional.precision import at_least_float32, autocasts
+from netdeconv.functional.linear_step import pooled
+from netdeconv.functional.on_gpu import kernels_for
+from netdeconv.functional.precision import as_dtype, at_least_float32, autocasts
 from netdeconv.functional.tracing import batched, traced
 from netdeconv.nn.batch import BatchStatistics
 from netdeconv.nn.calls import Call, Calls, Checkpoint, current_checkpoint, in_backward
@@ -135,22 +138,23 @@ class Whitening(BatchStatistics):
                 "under vmap in training mode and one set of running statistics. Call netdeconv.freeze(model) or "
                 "model.eval() first, or loop over the batches."
             )
+        kernels = kernels_for(x) if by_hand and self.config.sampling != "corner" else None
         if not self._clock.due:
-            found = self._ordinary(x, by_hand, checkpoint)
+            found = self._ordinary(x, by_hand, checkpoint, kernels)
         elif compiling and not shared and self._may_be_opaque():
             found = self._opaque_refresh(x)
         else:
-            found = self._refresh(x, by_hand, checkpoint)
-        self._count()
+            found = self._refresh(x, by_hand, checkpoint, kernels)
+        self._count(in_buffer=kernels is None or self._clock.due)
         return found
 
-    def _count(self) -> None:
-        """One step more, in the buffer and on the clock."""
+    def _count(self, *, in_buffer: bool = True) -> None:
+        """One step more, on the clock, and in the buffer unless a kernel has counted there."""
         if torch.compiler.is_compiling():  # before the buffer, which the clock compares with
             self._clock.advance_in_graph()
+        if in_buffer:
             self.num_steps.add_(1)
-        else:
-            self.num_steps.add_(1)
+        if not torch.compiler.is_compiling():
             self._clock.advance(self.num_steps)
 
     def takes_own_root(self, x: Tensor) -> bool:
@@ -158,31 +162,51 @@ class Whitening(BatchStatistics):
         config = self.config
         hooked = bool(self._forward_hooks or self._forward_pre_hooks)  # which see a call of this module
         own = self.estimator.kind == "linear" and config.update_every == 1 and config.differentiable and config.debias
-        if hooked or not own or not (self.gathers_statistics() and self.blocks.single) or traced():
+        if hooked or not own or not self.gathers_statistics() or len(self.blocks.parts) > 1 or traced():
             return False
         other = config.scale or config.sampling == "corner" or not solves_by_chebyshev(config.solver, config.num_iters)
-        if other or not torch.is_grad_enabled():
+        if other or (self.blocks.pool_mean and not self.blocks.single) or not torch.is_grad_enabled():
             return False
-        rows, features = x.shape
-        all_rows = features < 4 * rows and rows > 1 and (config.max_samples is None or rows <= config.max_samples)
-        plain = x.device.type == "cpu" and x.dtype == self.running_mean.dtype == at_least_float32(x.dtype)
-        alone = not (self._shared() or autocasts("cpu") or current_checkpoint() is not None)
-        return all_rows and plain and alone
+        rows, on_cpu, dtype = len(x), x.device.type == "cpu", self.running_mean.dtype
+        all_rows = rows > 1 and (config.max_samples is None or rows <= config.max_samples)
+        # On a CPU, products of the size of fewer rows than features are shorter.
+        short = on_cpu and self.blocks.parts[0][1] >= 4 * rows * self.blocks.parts[0][0]
+        plain = dtype == at_least_float32(dtype) and (x.dtype == dtype or autocasts(x.device.type))
+        alone = not (self._shared() or (on_cpu and autocasts("cpu")) or current_checkpoint() is not None)
+        return all_rows and not short and plain and alone
 
-    def took(self, mean: Tensor, cov: Tensor, root: Tensor) -> bool:
-        """Remember a step that :meth:`takes_own_root`; false where its rows have no statistics, and nothing is done."""
+    def own_root(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The layer's output in a step that it :meth:`takes_own_root`, which is remembered; ``None`` where the rows
+        have no statistics, and nothing is done: on a CPU, as to look at them elsewhere would mean to wait."""
+        config, look = self.config, x.device.type == "cpu"
+        assert config.num_iters is not None
+        (root_of_others,) = self._matrices("running_root")
+        y, mean, cov, root, used = whitened_linear(
+            as_dtype(x, self.running_mean.dtype),
+            weight,
+            bias,
+            eps=config.eps,
+            num_iters=config.num_iters,
+            block=self.blocks.parts[0][1],
+            otherwise=None if look else (self.running_mean, root_of_others),
+        )
+        counts = self._have_root(mean, cov, root) if used is None else used
+        if counts is False:
+            return None
+        self._clock.follow(self.num_steps, self.num_updates)
+        averages = averaged_roots(config, [root], self._averages(), self._counters(look=look))
+        self._remember(Batch(mean, None, None, None, counts), due=True)
+        self._remember_roots([root], averages, counts)
+        self._count()
+        return y
+
+    def _have_root(self, mean: Tensor, cov: Tensor, root: Tensor) -> bool:
+        """:func:`netdeconv.functional.linear_step.usable`, of numbers that may be looked at."""
         var, numbers = cov.diagonal(), torch.finfo(cov.dtype)
-        if not (all_finite((mean, root), look=True) and what_varies(var, mean, self.config.eps)[0]):
+        if not (all_finite((mean, root), look=True) and what_varies(var, pooled(mean, len(var)), self.config.eps)[0]):
             return False
         largest, features = float(var.max()) + self.config.eps, len(var)
-        if not features * numbers.tiny**0.5 < largest < numbers.max**0.5 / features:  # squares of it are in range
-            return False
-        self._clock.follow(self.num_steps, self.num_updates)
-        averages = averaged_roots(self.config, [root], self._averages(), self._counters(look=True))
-        self._remember(Batch(mean, None, None, None, True), due=True)
-        self._remember_roots([root], averages, True)
-        self._count()
-        return True
+        return features * numbers.tiny**0.5 < largest < numbers.max**0.5 / features  # squares of it are in range
 
     def look_through(self, window: Window) -> None:
         """Look at the input through another window of the same size from now on."""
@@ -246,27 +270,36 @@ class Whitening(BatchStatistics):
     def _statistics(self, batch: Batch, roots: Sequence[Tensor]) -> Statistics:
         return Statistics(batch.mean, tuple(roots), batch.scale, batch.slope)
 
-    def _ordinary(self, x: Tensor, by_hand: bool, checkpoint: Checkpoint | None) -> Statistics:
+    def _ordinary(self, x: Tensor, by_hand: bool, checkpoint: Checkpoint | None, kernels: Any) -> Statistics:
         """Mean and scale of this batch, root of the last refresh."""
-        with torch.no_grad() if by_hand else contextlib.nullcontext():
-            batch = self._or_running(self._of_batch(x, by_hand))
-        self._remember(batch, due=False)
+        if kernels is not None:
+            batch = self._by_kernels(kernels, x, count=True)
+        else:
+            with torch.no_grad() if by_hand else contextlib.nullcontext():
+                batch = self._or_running(self._of_batch(x, by_hand))
+            self._remember(batch, due=False)
         statistics = self._statistics(batch, [kept(root) for root in self._last_roots()])
         if checkpoint is not None:
             self._record(checkpoint, x, statistics, batch.counts, due=False)
         return statistics
 
-    def _refresh(self, x: Tensor, by_hand: bool, checkpoint: Checkpoint | None) -> Statistics:
+    def _refresh(self, x: Tensor, by_hand: bool, checkpoint: Checkpoint | None, kernels: Any) -> Statistics:
         """Mean, scale and root of this batch, or the running ones where they cannot be used."""
-        batch, moments = self._of_batch_to_refresh(x, self.num_updates, by_hand)
+        if kernels is not None:  # mean and scale are usable ones, whatever becomes of the root
+            batch = self._by_kernels(kernels, x, count=False)
+            moments = self.estimator.sample_moments(x.detach(), self.num_updates, batch.scale, factored=True)
+        else:
+            batch, moments = self._of_batch_to_refresh(x, self.num_updates, by_hand)
         running, averages = self._matrices("running_root"), self._averages()
         counters = self._counters_for(batch)
         roots, new, counts = refreshed(self.estimator, moments, running, averages, counters, batch.counts)
-        batch = self._or_running(batch._replace(counts=counts))
+        if kernels is None:
+            batch = self._or_running(batch._replace(counts=counts))
         statistics = self._statistics(batch, roots)
         if checkpoint is not None:
             self._record(checkpoint, x, statistics, counts, due=True)
-        self._remember(batch, due=True)
+        if kernels is None:
+            self._remember(batch, due=True)
         self._remember_roots(roots, new, counts)
         return statistics
 
@@ -339,6 +372,7 @@ class Whitening(BatchStatistics):
         self.tell_mode()
         if not self.num_steps.is_meta:
             self._clock.follow(self.num_steps, self.num_updates, look=True)
+            self._looked_at = self._looked_at or self._clock.updated  # or the first evaluation waits for the device
             self._report_skipped()
         return self
 

@@ -89,8 +89,7 @@ def measure(name: str, settings: Settings, out: Path, progress: Progress) -> tup
     """
     from netdeconv.lab.allocator import keep_freed_memory
     from netdeconv.lab.benchmark import record as records
-    from netdeconv.lab.devices import device_of, matmul_precision
-    from netdeconv.lab.running import threads
+    from netdeconv.lab.devices import device_of, matmul_precision, threads
 
     benchmark = _load(name)
     device_of(settings.device)

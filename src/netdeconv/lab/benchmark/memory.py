@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from netdeconv.lab.benchmark.candidates import CANDIDATES, Training
 from netdeconv.lab.benchmark.settings import MemorySettings
-from netdeconv.lab.devices import device_of, matmul_precision
-from netdeconv.lab.running import threads
+from netdeconv.lab.devices import device_of, matmul_precision, threads
 
 __all__ = ["measure", "measure_in_fresh_process", "peak_after", "saved_bytes"]
 

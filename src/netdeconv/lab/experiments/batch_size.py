@@ -4,24 +4,25 @@ sizes, each at its best rate."""
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from netdeconv import ConfigError
-from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation, Workspace
-from netdeconv.lab.experiments.trials import (
-    CODE,
+from netdeconv.lab.experiments.comparison import (
     NAMES,
-    Trial,
-    accuracies,
     accuracy_cell,
+    best,
     best_rate,
-    by_rate,
-    run_trials,
+    finals,
+    grouped,
+    line,
+    rates_cell,
 )
+from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.report import Table
+from netdeconv.lab.train import CODE, Training, run_trainings
+from netdeconv.lab.workspace import Workspace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +56,7 @@ class BatchSizeSettings:
 def run(settings: BatchSizeSettings, workspace: Workspace) -> Mapping[str, Any]:
     """Train what is not finished yet."""
     plan = [
-        Trial(
+        Training(
             dataset=settings.dataset,
             network=settings.network,
             width=settings.width,
@@ -70,8 +71,7 @@ def run(settings: BatchSizeSettings, workspace: Workspace) -> Mapping[str, Any]:
         for rate in settings.rates
         for norm in settings.norms
     ]
-    workspace.progress.expect(len(plan))
-    return {"runs": run_trials(plan, workspace)}
+    return run_trainings(plan, workspace)
 
 
 Cases = Mapping[tuple[int, str], list[Mapping[str, Any]]]
@@ -79,15 +79,12 @@ Cases = Mapping[tuple[int, str], list[Mapping[str, Any]]]
 
 def present(result: Mapping[str, Any]) -> Presentation:
     """What came out."""
-    cases: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
-    for run in sorted(result["runs"], key=lambda run: run["batch_size"]):
-        cases.setdefault((run["batch_size"], run["norm"]), []).append(run)
+    runs = sorted(result["runs"], key=lambda run: run["batch_size"])
+    cases = grouped(runs, lambda run: (run["batch_size"], run["norm"]))
     rows = []
-    for (size, norm), runs in cases.items():
-        tried = ", ".join(f"{accuracy_cell(same)} ({rate:g})" for rate, same in sorted(by_rate(runs).items()))
-        best = by_rate(runs)[best_rate(runs)]
-        label, steps = f"{size}, {NAMES[norm]}", str(best[0]["steps"])
-        rows.append([label, steps, f"{best_rate(runs):g}", accuracy_cell(best), tried])
+    for (size, norm), same in cases.items():
+        label, steps = f"{size}, {NAMES[norm]}", str(same[0]["steps"])
+        rows.append([label, steps, f"{best_rate(same):g}", accuracy_cell(best(same)), rates_cell(same)])
     first = result["runs"][0]
     note = (
         f"{first['network']} at width {first['width']:g} on {first['dataset']}: the same number of images for every "
@@ -102,18 +99,12 @@ def present(result: Mapping[str, Any]) -> Presentation:
     return Presentation([table], [picture])
 
 
-def _best(cases: Cases, size: int, norm: str) -> float:
-    runs = cases[size, norm]
-    return statistics.fmean(accuracies(by_rate(runs)[best_rate(runs)]))
-
-
 def _draw(figure: Figure, cases: Cases) -> None:
     from netdeconv.lab.plots import styles_of_norms, tidy
 
     axes = figure.subplots()
     for norm, style in styles_of_norms(dict.fromkeys(norm for _, norm in cases)).items():
-        sizes = [size for size, one in cases if one == norm]
-        axes.plot(sizes, [_best(cases, size, norm) for size in sizes], label=NAMES[norm], **style)
+        line(axes, {size: finals(best(runs)) for (size, one), runs in cases.items() if one == norm}, NAMES[norm], style)
     axes.set(xlabel="batch size", ylabel="test accuracy, %")
     axes.set_xscale("log", base=2)
     axes.legend(fontsize=8, frameon=False)

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from netdeconv.lab import published
 from netdeconv.lab.experiments.cifar_picture import draw
+from netdeconv.lab.experiments.comparison import NAMES, accuracy_cell, best_rate, by_rate, finals, grouped, loss_cell
 from netdeconv.lab.experiments.experiment import Picture, Presentation
-from netdeconv.lab.experiments.trials import NAMES, accuracies, accuracy_cell, best_rate, by_rate
 from netdeconv.lab.report import Table
 
 __all__ = ["PAPER_RATE", "present"]
@@ -40,7 +40,7 @@ class Case(NamedTuple):
     def accuracy(self, norm: str, rate: float | None) -> float | None:
         """Mean over seeds; ``None`` where it was not trained at this rate."""
         same = by_rate(self.runs.get(norm, [])).get(rate) if rate is not None else None
-        return statistics.fmean(accuracies(same)) if same else None
+        return statistics.fmean(finals(same)) if same else None
 
     def best(self, norm: str) -> float | None:
         """The best of the rates tried."""
@@ -57,11 +57,10 @@ class Group:
 
     def __init__(self, dataset: str, epochs: int, runs: Runs) -> None:
         self.dataset, self.epochs, self.runs = dataset, epochs, runs
-        cases: dict[tuple[str, float], Case] = {}
-        for run in runs:
-            place = run["network"], run["width"]
-            cases.setdefault(place, Case(*place, {})).runs.setdefault(run["norm"], []).append(run)
-        self.cases = list(cases.values())
+        cases = grouped(runs, lambda run: (run["network"], run["width"]))
+        self.cases = [
+            Case(network, width, grouped(same, lambda run: run["norm"])) for (network, width), same in cases.items()
+        ]
         self.norms = list(dict.fromkeys(run["norm"] for run in runs))
         self.others = [norm for norm in self.norms if norm != "bn"]
 
@@ -89,10 +88,8 @@ class Group:
 
 def present(result: Mapping[str, Any]) -> Presentation:
     """What came out, also of a run that has not ended."""
-    runs: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    for run in result["runs"]:
-        runs.setdefault((run["dataset"], run["epochs"]), []).append(run)
-    groups = [Group(*place, same) for place, same in runs.items()]
+    runs = grouped(result["runs"], lambda run: (run["dataset"], run["epochs"]))
+    groups = [Group(dataset, epochs, same) for (dataset, epochs), same in runs.items()]
     tables = [*map(_accuracy_table, groups), *map(_rates_table, groups)]
     pictures = [picture for group in groups for picture in _pictures(group, len(groups))]
     return Presentation(tables, pictures)
@@ -162,12 +159,10 @@ def _rates_table(group: Group) -> Table:
     rows = []
     for case in group.cases:
         for norm, runs in case.runs.items():
-            for rate, same in sorted(by_rate(runs).items(), reverse=True):
-                loss = [run["curves"]["train/loss"][-1] for run in same]
-                shown = "diverged" if None in loss else f"{statistics.fmean(loss):.3f}"
+            for rate, same in reversed(by_rate(runs).items()):
                 seconds = statistics.median(run["seconds_per_step"] for run in same)
                 cells = [NAMES.get(norm, norm), f"{rate:g}", ", ".join(str(run["seed"]) for run in same)]
-                rows.append([case.label, *cells, accuracy_cell(same), shown, f"{seconds:.3f}"])
+                rows.append([case.label, *cells, accuracy_cell(same), loss_cell(same), f"{seconds:.3f}"])
     columns = ["network", "norm", "rate", "seeds", "test accuracy", "training loss", "s per step"]
     note = (
         "Training loss: mean over the last epoch. Seconds: median over the steps, on a machine that did other work too."

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from netdeconv.lab.experiments.comparison import METHODS
 from netdeconv.lab.experiments.experiment import Picture, Presentation
-from netdeconv.lab.experiments.trained import NORMS, training_line
+from netdeconv.lab.experiments.trained import training_line
 from netdeconv.lab.report import Table
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def _table(result: Mapping[str, Any]) -> Table:
             after = layer["after"]
             rows.append(
                 [
-                    f"{NORMS[norm]}, {layer['name']}",
+                    f"{METHODS[norm]}, {layer['name']}",
                     str(layer["features"]),
                     str(layer["rows"]),
                     *(
@@ -58,7 +59,7 @@ def _table(result: Mapping[str, Any]) -> Table:
                 ]
             )
     columns = ["layer", "features", "patches", "all pairs", "pixels", "channels", "condition", "residual of the root"]
-    accuracy = ", ".join(f"{NORMS[norm]} {100 * one['accuracy']:.1f} %" for norm, one in result["networks"].items())
+    accuracy = ", ".join(f"{METHODS[norm]} {100 * one['accuracy']:.1f} %" for norm, one in result["networks"].items())
     note = (
         f"Before → after whitening. {training_line(result['settings'])}; test accuracy {accuracy}. Pixels: two taps of "
         "one channel; channels: two channels at one tap. Condition: of the covariance plus eps, the worst block. "

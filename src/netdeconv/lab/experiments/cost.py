@@ -14,10 +14,11 @@ from netdeconv.lab import published
 from netdeconv.lab.benchmark.scaling import LayerStep
 from netdeconv.lab.benchmark.timing import Candidate, interleaved_times
 from netdeconv.lab.experiments.cost_flops import Convolution, convolutions, whitening_flops
-from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation, Workspace
+from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation
 from netdeconv.lab.networks import network
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.report import Table
+from netdeconv.lab.workspace import Workspace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,9 +11,10 @@ from torch import Tensor
 from netdeconv.inspect import centre_filters, patch_covariance, root_filters
 from netdeconv.lab.data import create_data, photographs
 from netdeconv.lab.difference_of_gaussians import fit_difference_of_gaussians
-from netdeconv.lab.experiments.experiment import SIZES, Experiment, Workspace
+from netdeconv.lab.experiments.experiment import SIZES, Experiment
 from netdeconv.lab.experiments.filters_report import ROOTS, present
 from netdeconv.lab.options import check_fields, option
+from netdeconv.lab.workspace import Workspace
 
 __all__ = ["EXPERIMENT", "FiltersSettings"]
 

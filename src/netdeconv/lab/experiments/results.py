@@ -10,12 +10,12 @@ from typing import Any
 
 from netdeconv import ConfigError
 from netdeconv.lab.benchmark.record import machine
-from netdeconv.lab.devices import device_of
-from netdeconv.lab.experiments.experiment import LIBRARY, Experiment, Presentation, Workspace
+from netdeconv.lab.devices import device_of, threads
+from netdeconv.lab.experiments.experiment import LIBRARY, Experiment, Presentation
 from netdeconv.lab.experiments.registry import EXPERIMENTS, load
 from netdeconv.lab.progress import Progress, quiet_lightning
-from netdeconv.lab.running import threads
 from netdeconv.lab.store import read_json, versions, write_json, write_whole
+from netdeconv.lab.workspace import Workspace
 
 __all__ = ["Outcome", "carry_out", "draw", "markdown", "origin", "outcomes", "text"]
 
@@ -46,6 +46,7 @@ def carry_out(
     size: str = "small",
     thread_count: int | None = None,
     device: str = "cpu",
+    fresh: bool = False,
     show: bool = True,
 ) -> Outcome:
     """Run what is not finished yet, write result.json and the pictures.
@@ -58,6 +59,7 @@ def carry_out(
         size: one of :data:`SIZES`, for the record.
         thread_count: threads that torch computes with; ``None`` leaves them as they are.
         device: where networks are trained, one of :data:`netdeconv.lab.devices.DEVICES`.
+        fresh: repeat what is finished.
         show: progress on standard error.
 
     Raises:
@@ -68,6 +70,8 @@ def carry_out(
         able = " or ".join(experiment.devices)
         raise ConfigError(f"{experiment.name} trains no network: expected --device {able}, got {device}")
     device_of(device)
+    if thread_count is not None and thread_count < 1:
+        raise ConfigError(f"expected threads of at least 1, got {thread_count}")
     folder = out / experiment.name
     folder.mkdir(parents=True, exist_ok=True)
     with threads(thread_count), quiet_lightning(), Progress(1, show=show) as progress:
@@ -87,7 +91,9 @@ def carry_out(
             write_json(folder / _RESULT, {**record, **ended, "complete": complete, "result": result})
 
         code = (*LIBRARY, *experiment.code)
-        workspace = Workspace(folder, code=code, progress=progress, publish=publish, device=device)
+        workspace = Workspace(
+            folder, code=code, progress=progress, publish=publish, device=device, fresh=fresh
+        )
         publish(experiment.run(settings, workspace), complete=True)
     outcome = _read(folder)
     assert outcome is not None

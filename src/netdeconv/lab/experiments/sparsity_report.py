@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from netdeconv.lab.experiments.comparison import METHODS
 from netdeconv.lab.experiments.experiment import Picture, Presentation
-from netdeconv.lab.experiments.trained import NORMS, training_line
+from netdeconv.lab.experiments.trained import training_line
 from netdeconv.lab.report import Table
 
 if TYPE_CHECKING:
@@ -47,11 +48,11 @@ def _photographs_table(result: Mapping[str, Any]) -> Table:
 
 def _layers_table(result: Mapping[str, Any]) -> Table:
     rows = [
-        [f"{NORMS[norm]}, {layer['name']}", *_cells(layer)]
+        [f"{METHODS[norm]}, {layer['name']}", *_cells(layer)]
         for norm, network in result["networks"].items()
         for layer in network["layers"]
     ]
-    accuracy = ", ".join(f"{NORMS[norm]} {100 * one['accuracy']:.1f} %" for norm, one in result["networks"].items())
+    accuracy = ", ".join(f"{METHODS[norm]} {100 * one['accuracy']:.1f} %" for norm, one in result["networks"].items())
     note = f"What the layers of {training_line(result['settings'])}; test accuracy {accuracy}. As in the table above."
     return Table(["layer", *_COLUMNS], rows, title="Layers of trained networks", note=note)
 
