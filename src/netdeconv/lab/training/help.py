@@ -36,7 +36,7 @@ def help_text(command: str) -> str:
     """What ``netdeconv COMMAND --help`` prints, for ``"fit"``, ``"validate"`` and ``"test"``."""
     width = max(map(len, DATA_OPTIONS))
     data = "\n".join(f"    {name:<{width}}  {', '.join(options)}" for name, options in DATA_OPTIONS.items())
-    norms = "\n".join(f"    {name:<{width}}  {text}" for name, text in NORMS.items())
+    norms = "\n".join(f"    {name:<{width}}  {norm.text}" for name, norm in NORMS.items())
     return f"""\
 {_USAGE[command]}
 run

@@ -34,7 +34,7 @@ class Network:
     Args:
         network: small, a network of the zoo, or torchvision:NAME.
         width: factor on the channels.
-        norm: normalisation: bn, nd, nd-paper, nd-authors, gn, ln, in, none.
+        norm: normalisation: bn, nd, nd-paper, nd-authors, gn, ln, in, iternorm, dbp, swbn, gn+ws, none.
         whitening: settings of WhiteningConfig that differ from the norm's own, e.g. --whitening.update_every 4.
         smoothing: label smoothing, for classification.
         aux_weight: of the auxiliary head's loss, for segmentation.
