@@ -58,7 +58,7 @@ def trained(workspace: Workspace, settings: TrainedSettings, norm: str) -> Train
     """Train a network, or find it again: it is kept beside the experiments, in ``trained/``.
 
     Args:
-        workspace: its folder's parent gets the networks, and it is told the time that the training took.
+        workspace: its folder's parent gets the networks, and its time counts the training.
         settings: what to train.
         norm: one of :data:`~netdeconv.lab.experiments.comparison.METHODS`.
     """
