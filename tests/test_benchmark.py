@@ -121,14 +121,14 @@ def test_an_interval_holds_its_value_and_is_the_same_every_time() -> None:
 
 def test_the_floor_has_no_batch_norm_and_the_rest_of_the_weights() -> None:
     settings = MemorySettings(**TINY)
-    floor, batchnorm = (candidates.candidate(kind, settings) for kind in ("floor", "batchnorm"))
+    floor, batchnorm = (candidates.candidate(kind, settings) for kind in ("none", "bn"))
     assert any(isinstance(module, nn.BatchNorm2d) for module in batchnorm.modules())
     assert not any(isinstance(module, nn.BatchNorm2d) for module in floor.modules())
     assert torch.equal(floor.get_parameter("conv1.weight"), batchnorm.get_parameter("conv1.weight"))
 
 
 def test_default_and_published_procedure_are_whitened_as_they_say() -> None:
-    for kind, config in (("default", WhiteningConfig()), ("paper", WhiteningConfig.paper())):
+    for kind, config in (("nd", WhiteningConfig()), ("nd-paper", WhiteningConfig.paper())):
         model = candidates.candidate(kind, MemorySettings(network="vgg11", width=0.0625))
         layers = [module for module in model.modules() if isinstance(module, WhitenedConv2d)]
         assert len(layers) == 8
@@ -136,7 +136,7 @@ def test_default_and_published_procedure_are_whitened_as_they_say() -> None:
 
 
 def test_a_moved_clock_refreshes_once_a_period_and_where_it_should() -> None:
-    training = candidates.Training("default", MemorySettings(**TINY))
+    training = candidates.Training("nd", MemorySettings(**TINY))
     training.step()
     assert training.period == 16
     training.start_at(-8)
@@ -183,24 +183,24 @@ def test_what_is_kept_for_backward_is_counted_once_per_storage() -> None:
             x = (self.images.flatten()[:1000] * 1).requires_grad_()  # 1000 float32 = 4000 bytes
             return (x * x).sum()  # keeps x twice; the sum keeps nothing
 
-    assert memory.saved_bytes(Doubling("floor", MemorySettings(**{**TINY, "size": 32}))) == 4000
+    assert memory.saved_bytes(Doubling("none", MemorySettings(**{**TINY, "size": 32}))) == 4000
 
 
 def test_whitening_keeps_no_more_than_the_floor_and_its_folded_weights() -> None:
     saved = {
         kind: memory.saved_bytes(candidates.Training(kind, MemorySettings(**{**TINY, "batch": 32})))
-        for kind in ("batchnorm", "floor", "default", "paper")
+        for kind in ("bn", "none", "nd", "nd-paper")
     }
-    assert saved["floor"] < saved["batchnorm"]
-    assert saved["default"] < saved["paper"]
+    assert saved["none"] < saved["bn"]
+    assert saved["nd"] < saved["nd-paper"]
 
 
 def test_a_fresh_process_measures_memory() -> None:
-    found = memory.measure_in_fresh_process("default", MemorySettings(**TINY))
+    found = memory.measure_in_fresh_process("nd", MemorySettings(**TINY))
     assert found["peak"] > 0
     assert found["saved"] > 0
     assert found["how"]
-    model = candidates.candidate("default", MemorySettings(**TINY))
+    model = candidates.candidate("nd", MemorySettings(**TINY))
     held = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     assert found["model"] == sum(held.values())
 
@@ -209,7 +209,7 @@ def test_a_process_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = subprocess.CompletedProcess([], 1, "", "no network resnet99")
     monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: failed)
     with pytest.raises(RuntimeError, match="no network resnet99"):
-        memory.measure_in_fresh_process("floor", MemorySettings(**TINY))
+        memory.measure_in_fresh_process("none", MemorySettings(**TINY))
 
 
 # ------------------------------------------------------------------------------------------------ root and moments
@@ -236,7 +236,7 @@ def test_solvers_without_coefficients_are_left_out() -> None:
 def test_all_positions_are_without_error_and_fewer_are_not() -> None:
     settings = MomentsSettings(batch=8, shapes=("4x8",), samples=(64, 4096), strides=(3,), rounds=1, threads=1)
     result: dict[str, Any] = {}
-    moments.run(settings, Progress(1, show=False), result)
+    moments.run(settings, Progress(show=False), result)
     errors = {row["sampling"]: row["errors"] for row in result["rows"]}
     assert errors["all positions"]["cov"] == 0
     assert errors["spread, 4096 rows (default)"]["cov"] == 0  # the budget holds all 512
@@ -276,7 +276,7 @@ def test_a_benchmark_leaves_numbers_a_table_and_a_picture(
 ) -> None:
     monkeypatch.setattr(step, "measure_in_fresh_process", fake_memory)
     before = torch.get_num_threads()
-    found, shown, files = command.measure(name, SMALL[name], tmp_path, Progress(1, show=False))
+    found, shown, files = command.measure(name, SMALL[name], tmp_path, Progress(show=False))
     assert torch.get_num_threads() == before
     assert [file.name for file in files] == [f"{name}.json", f"{name}.png"]
     assert files[1].read_bytes().startswith(b"\x89PNG")
@@ -296,12 +296,12 @@ def test_a_benchmark_leaves_numbers_a_table_and_a_picture(
 
 def check_step(written: dict[str, Any]) -> None:
     """Every time and ratio is there."""
-    kinds = set(candidates.CANDIDATES)
+    kinds = {"bn", "nd", "none", "nd-paper"}
     assert {kind: len(seconds) for kind, seconds in written["training"]["seconds"].items()} == dict.fromkeys(kinds, 16)
     assert {kind: len(seconds) for kind, seconds in written["evaluation"]["seconds"].items()} == dict.fromkeys(kinds, 3)
-    assert written["training"]["refreshes"] == {"batchnorm": 0, "floor": 0, "default": 1, "paper": 16}
+    assert written["training"]["refreshes"] == {"bn": 0, "none": 0, "nd": 1, "nd-paper": 16}
     assert set(written["training"]["ratios"]) == {
-        "floor/batchnorm", "default/batchnorm", "paper/batchnorm", "paper/default"
+        "none/bn", "nd/bn", "nd-paper/bn", "nd-paper/nd"
     }  # fmt: skip
     assert written["losses_finite"] == dict.fromkeys(kinds, True)
     assert all(math.isfinite(r["value"]) for r in written["training"]["ratios"].values())
@@ -317,8 +317,8 @@ def test_without_the_published_procedure(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(step.Training, "evaluate", watched)
     settings = StepSettings(**TINY, rounds=1, eval_rounds=1, warmup=1, no_paper=True, matmul_precision="high")
-    found, shown, files = command.measure("step", settings, tmp_path, Progress(1, show=False))
-    kinds = ["batchnorm", "floor", "default"]
+    found, shown, files = command.measure("step", settings, tmp_path, Progress(show=False))
+    kinds = ["bn", "nd", "none"]
     assert [list(found["result"][part]["candidates"]) for part in ("training", "evaluation")] == [kinds, kinds]
     assert list(found["result"]["memory"]) == kinds
     assert precisions == {"high"}
@@ -334,7 +334,7 @@ from netdeconv.lab.benchmark import candidates
 from netdeconv.lab.benchmark.settings import MemorySettings
 
 options = json.loads(sys.argv[1])
-training = candidates.Training("default", MemorySettings(**options))
+training = candidates.Training("nd", MemorySettings(**options))
 training.step()
 training.model.eval()
 assert training.evaluate().dtype == (torch.bfloat16 if "dtype" in options else torch.float32)

@@ -19,6 +19,7 @@ from netdeconv.lab.experiments.experiment import Experiment, Presentation
 from netdeconv.lab.experiments.registry import load
 from netdeconv.lab.experiments.results import Outcome, carry_out
 from netdeconv.lab.plots import png
+from netdeconv.lab.tasks import Classification
 from variation import Variation
 
 
@@ -87,6 +88,31 @@ def test_the_command_fit_trains_what_is_compared(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(train, "train", lambda *_: pytest.fail("trained again"))
     again = carried_out("imagenet", tmp_path, network="small", bn_rates=(0.1, 0.02))
     assert again.record["result"]["runs"] == runs
+
+
+def test_a_training_by_a_recipe_goes_on_within_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"network": "small", "epochs": 2, "batch_size": 16, "nd_rates": (0.1,)}
+    whole = carried_out("imagenet", tmp_path / "whole", **settings)
+    steps = [run["steps"] for run in whole.record["result"]["runs"]]
+    real = Classification.training_step
+    done: list[int] = []
+
+    def stopping(self: Classification, *args: Any) -> Any:
+        done.append(self.current_epoch)
+        if len(done) == stop:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(Classification, "training_step", stopping)
+    stop = steps[0] // 2 + 1  # in the second epoch of the first training
+    with pytest.raises(KeyboardInterrupt):
+        carried_out("imagenet", tmp_path / "stopped", **settings)
+    assert done[-1] == 1
+    done.clear()
+    stop = 0
+    again = carried_out("imagenet", tmp_path / "stopped", **settings)
+    assert len(done) == sum(steps) - steps[0] // 2
+    assert again.record["result"] == whole.record["result"]
 
 
 def test_a_training_that_diverges_is_a_result_as_well(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from netdeconv import WhitenedConv2d, WhitenedLinear, WhiteningConfig
 from netdeconv.cli import main
-from netdeconv.lab import plots, train
+from netdeconv.lab import train
 from netdeconv.lab.experiments import comparison
 from netdeconv.lab.experiments.cost_flops import Convolution, convolutions, whitening_flops
 from netdeconv.lab.experiments.registry import EXPERIMENTS, load
@@ -186,7 +186,7 @@ def test_a_trial_of_few_steps_takes_so_many(tmp_path: Path) -> None:
     workspace = Workspace(
         tmp_path,
         code=(),
-        progress=Progress(1, show=False),
+        progress=Progress(show=False),
         publish=lambda result: published.append([run["rate"] for run in result["runs"]]),
     )
     with quiet_lightning():
@@ -202,7 +202,7 @@ def test_trials_of_other_processes_come_last_and_are_published(tmp_path: Path, m
     workspace = Workspace(
         tmp_path,
         code=(),
-        progress=Progress(1, show=False),
+        progress=Progress(show=False),
         publish=lambda result: published.append([run["rate"] for run in result["runs"]]),
     )
 
@@ -216,7 +216,7 @@ def test_trials_of_other_processes_come_last_and_are_published(tmp_path: Path, m
     def record(by: int) -> Record:
         return Record(curves={}, steps=by, parameters=0, diverged=False)
 
-    elsewhere = Workspace(tmp_path, code=(), progress=Progress(1, show=False))
+    elsewhere = Workspace(tmp_path, code=(), progress=Progress(show=False))
     other = FileLock(workspace.path(plan[0].name, plan[0].settings(), "lock"))
     Path(other.lock_file).parent.mkdir()
     other.acquire()
@@ -236,11 +236,3 @@ def test_the_smoke_size_needs_no_data(name: str, tmp_path: Any, monkeypatch: pyt
     assert outcome.record["complete"]
     pictures = {f"{picture.name}.png" for picture in outcome.presentation.figures}
     assert pictures == {path.name for path in outcome.folder.glob("*.png")}
-
-
-@pytest.mark.parametrize("norms", [("nd", "none"), ("none", "bn", "nd", "nd-paper", "nd-authors", "gn", "ln")])
-def test_no_two_norms_look_alike(norms: tuple[str, ...]) -> None:
-    styles = plots.styles_of_norms(norms)
-    assert list(styles) == list(norms)
-    assert len({style["color"] for style in styles.values()}) == len(norms)
-    assert all(styles[norm] == style for norm, style in plots.STYLES.items() if norm in norms)

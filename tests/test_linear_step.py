@@ -120,7 +120,7 @@ def test_a_layer_trains_and_remembers_the_same(
     [
         (WhiteningConfig(block_size=4), 20),
         (WhiteningConfig(block_size=2, grouping="interleaved"), 20),
-        (WhiteningConfig(num_iters=4), 20),
+        (WhiteningConfig(num_iters=6), 20),
         (WhiteningConfig(solver="eigh"), 20),
         (WhiteningConfig(update_every=16), 20),
         (WhiteningConfig(differentiable=False), 20),

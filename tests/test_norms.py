@@ -14,8 +14,12 @@ pytest.importorskip("torchvision")
 
 from netdeconv.lab.networks import network, network_names
 from netdeconv.lab.norms import NORMS, with_norm
+from netdeconv.lab.rivals import SWBN, DecorrelatedConv2d, DecorrelatedLinear, IterNorm, StandardisedConv2d
 
-NORM_LAYERS = (nn.BatchNorm2d, nn.GroupNorm, nn.Identity, WhitenedConv2d, WhitenedLinear)
+NORM_LAYERS = (
+    nn.BatchNorm2d, nn.GroupNorm, nn.Identity, WhitenedConv2d, WhitenedLinear,
+    IterNorm, SWBN, DecorrelatedConv2d, DecorrelatedLinear, StandardisedConv2d,
+)  # fmt: skip
 
 
 def kinds(model: nn.Module) -> collections.Counter[type]:
@@ -37,6 +41,10 @@ def resnet() -> nn.Module:
         ("gn", {nn.GroupNorm: 20}),
         ("ln", {nn.GroupNorm: 20}),
         ("in", {nn.GroupNorm: 20}),
+        ("iternorm", {IterNorm: 20}),
+        ("dbp", {nn.BatchNorm2d: 20, DecorrelatedConv2d: 20, DecorrelatedLinear: 1}),
+        ("swbn", {SWBN: 20}),
+        ("gn+ws", {nn.GroupNorm: 20, StandardisedConv2d: 20}),
         ("none", {nn.Identity: 20}),
     ],
 )
@@ -54,7 +62,14 @@ def test_a_norm_takes_the_place_of_every_batch_norm(resnet: nn.Module, norm: str
 
 
 def test_every_norm_is_tried_above() -> None:
-    assert set(NORMS) == {"bn", "nd", "nd-paper", "nd-authors", "gn", "ln", "in", "none"}
+    of = {"bn", "nd", "nd-paper", "nd-authors", "gn", "ln", "in", "iternorm", "dbp", "swbn", "gn+ws", "none"}
+    assert set(NORMS) == of
+
+
+def test_no_two_norms_look_alike() -> None:
+    for what in ("color", "marker"):
+        assert len({norm.style[what] for norm in NORMS.values()}) == len(NORMS)
+    assert len({norm.label for norm in NORMS.values()}) == len({str(norm) for norm in NORMS.values()}) == len(NORMS)
 
 
 def test_groups_of_the_group_norms() -> None:
@@ -167,3 +182,16 @@ def test_networks_for_segmentation_download_nothing(monkeypatch: pytest.MonkeyPa
 def test_unknown_networks_are_refused(name: str, task: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         network(name, task=task)
+
+
+def test_the_transformer_is_whitened_in_every_layer() -> None:
+    net = network("vit", 0.25, 5, in_channels=1, image_size=8)
+    assert net(torch.randn(3, 1, 8, 8)).shape == (3, 5)
+    new = with_norm(net, "nd")
+    layers = [module for module in new.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    assert len(layers) == 1 + 6 * 4 + 1 and all(map(is_whitened, layers))
+    assert [type(m) for m in new.modules() if "Norm" in type(m).__name__] == [nn.LayerNorm] * 13
+    new(torch.randn(8, 1, 8, 8)).sum().backward()
+    assert all(parameter.grad is not None for parameter in new.parameters())
+    one = new.eval()(torch.ones(1, 1, 8, 8))
+    assert not torch.allclose(one, net.eval()(torch.ones(1, 1, 8, 8)))

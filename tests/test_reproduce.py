@@ -124,7 +124,7 @@ def test_a_device_is_part_of_what_numbers_depend_on(tmp_path: Path, capsys: pyte
     only_here = dataclasses.replace(EXPERIMENT, devices=("cpu",))
     with pytest.raises(ConfigError, match="squares trains no network: expected --device cpu, got cuda"):
         carry_out(only_here, Settings(), tmp_path, command="", device="cuda", show=False)
-    progress = Progress(1, show=False)
+    progress = Progress(show=False)
     here, there = (Workspace(tmp_path, code=(), progress=progress, device=device) for device in ("cpu", "cuda"))
     assert here.part("one", {}, lambda: {"at": "cpu"}) == {"at": "cpu"}
     assert there.part("one", {}, lambda: {"at": "cuda"}) == {"at": "cuda"}
@@ -142,10 +142,10 @@ def test_a_part_belongs_to_one_process_until_it_ends(tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path\n"
         "from netdeconv.lab.progress import Progress; from netdeconv.lab.workspace import Workspace\n"
-        "workspace = Workspace(Path(sys.argv[1]), code=(), progress=Progress(1, show=False))\n"
+        "workspace = Workspace(Path(sys.argv[1]), code=(), progress=Progress(show=False))\n"
         "workspace.part('part', {}, lambda: print('mine', flush=True) or time.sleep(600))"
     )
-    workspace = Workspace(tmp_path, code=(), progress=Progress(1, show=False))
+    workspace = Workspace(tmp_path, code=(), progress=Progress(show=False))
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "mine\n"
         assert workspace.part_if_free("part", {}, lambda: {"by": "us"}) is None
@@ -155,7 +155,7 @@ def test_a_part_belongs_to_one_process_until_it_ends(tmp_path: Path) -> None:
 
 
 def test_parts_are_found_by_their_exact_settings(tmp_path: Path) -> None:
-    workspace = Workspace(tmp_path, code=(), progress=Progress(1, show=False))
+    workspace = Workspace(tmp_path, code=(), progress=Progress(show=False))
     settings = {"rate": 0.1, "grid": (1, 2)}
     assert workspace.part("a", settings, lambda: {"loss": math.nan}) == {"loss": None}
     assert workspace.finished("a", settings) == {"loss": None}
@@ -170,7 +170,7 @@ def test_parts_are_found_by_their_exact_settings(tmp_path: Path) -> None:
 
 
 def test_fresh_repeats_what_is_finished_once(tmp_path: Path) -> None:
-    progress = Progress(1, show=False)
+    progress = Progress(show=False)
     assert Workspace(tmp_path, code=(), progress=progress).part("a", {}, lambda: {"run": 1}) == {"run": 1}
     fresh = Workspace(tmp_path, code=(), progress=progress, fresh=True)
     assert fresh.finished("a", {}) is None
@@ -180,7 +180,7 @@ def test_fresh_repeats_what_is_finished_once(tmp_path: Path) -> None:
 
 def test_parts_of_other_code_are_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def parts(code: str, **settings: Any) -> str:
-        with Progress(2) as progress:
+        with Progress() as progress:
             workspace = Workspace(tmp_path, code=(code,), progress=progress)
             for name in ("a", "b"):
                 workspace.part(name, settings, lambda: {"found": 1})

@@ -110,7 +110,7 @@ def quintics(num_iters: int, count: int) -> tuple[np.ndarray, float]:
 
 
 def main() -> None:
-    for num_iters, degree, size in ((2, 4, 2), (3, 6, 3), (5, 15, 4)):
+    for num_iters, degree, size in ((2, 4, 2), (3, 6, 3), (4, 9, 3), (5, 15, 4)):
         pieces, error = chebyshev(num_iters, degree, size)
         print(f"# {num_iters} steps, degree {degree}: largest relative error of the gain {error:.1e}")
         for piece in pieces:

@@ -32,8 +32,8 @@ def inverse_sqrt(cov: Tensor, *, num_iters: int = 5, solver: str = "auto") -> Te
     5 steps that regularises, as published, and only large eigenvalues are whitened. In float32 the cap holds up to
     about 15 steps; with more, eigenvalues that rounding has made negative are blown up.
 
-    ``"chebyshev"`` computes the same map for 1, 2, 3 or 5 steps with 0, 2, 3 or 6 matrix products in place of 0, 3, 6
-    or 12, by a polynomial: that of the steps for 1 and 2, otherwise one whose gain is within 2e-4 of theirs;
+    ``"chebyshev"`` computes the same map for 1 to 5 steps with 0, 2, 3, 4 or 6 matrix products in place of 0, 3, 6, 9
+    or 12, by a polynomial: that of the steps for 1 and 2, otherwise one whose gain is within 4e-4 of theirs;
     ``"quintic"`` the one for 15 steps with 17 in place of 42, within 1.1e-2. ``"auto"`` takes these where they apply,
     and Newton-Schulz for other numbers of steps.
 

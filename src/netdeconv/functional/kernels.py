@@ -84,10 +84,10 @@ def look(
     rows = geometry.images * geometry.positions
     block_c = min(64, _power(channels)) if geometry.channels_last else min(4, _power(channels))
     block_r = max(16, _TILE // block_c) if geometry.channels_last else 512
-    chunks = triton.cdiv(channels, block_c)
-    parts = _power(max(1, min(64, triton.cdiv(rows, block_r), _PARTIAL // channels, triton.cdiv(512, chunks))) + 1) // 2
+    chunks = _pieces(channels, block_c)
+    parts = _power(max(1, min(64, _pieces(rows, block_r), _PARTIAL // channels, _pieces(512, chunks))) + 1) // 2
     partial = torch.empty(parts, 2, channels, device=x.device)
-    each = triton.cdiv(triton.cdiv(rows, parts), block_r) * block_r
+    each = _pieces(_pieces(rows, parts), block_r) * block_r
     _sums[(chunks, parts)](
         some, mean, partial, rows, geometry.positions, channels, *geometry.strides, taps, taps // 2, each,
         BLOCK_R=block_r, BLOCK_C=block_c,
@@ -136,7 +136,7 @@ def gradient_of_product(
     total = torch.empty_like(product)
     along = torch.empty(groups * features, device=product.device)
     block_f = min(32, _power(features))
-    _unfold[(triton.cdiv(features, block_f), groups)](
+    _unfold[(_pieces(features, block_f), groups)](
         grad_weight, grad_shifted, product, scale, mean, total, along, features, features // grad_weight.shape[1], out,
         *_of_weight(grad_weight), BLOCK_O=min(64, _power(out)), BLOCK_F=block_f,
     )  # fmt: skip
@@ -156,7 +156,7 @@ def add_gradient_of_scale(grad_x: Tensor, x: Tensor, along: Tensor, found: Seque
     block_c = min(128, _power(channels)) if to.channels_last else 1
     block_r = max(1, 2048 // block_c)
     rows = to.images * to.positions
-    _along[(triton.cdiv(rows, block_r), triton.cdiv(channels, block_c))](
+    _along[(_pieces(rows, block_r), _pieces(channels, block_c))](
         part, some, lines, rows, to.positions, channels, *to.strides, *from_x.strides, BLOCK_R=block_r, BLOCK_C=block_c
     )
 
@@ -180,6 +180,11 @@ def _of_weight(weight: Tensor) -> tuple[int, int]:
     """Distance of channels and of taps; taps lie at even distances."""
     strides = weight.stride()
     return strides[1], strides[-1] if weight.dim() > 2 else 1
+
+
+def _pieces(number: int, size: int) -> int:
+    """How many pieces of this size it takes; Triton's own function of the name ``cdiv`` takes as long as a launch."""
+    return -(-number // size)
 
 
 def _power(number: int) -> int:

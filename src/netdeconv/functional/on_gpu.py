@@ -14,7 +14,7 @@ from netdeconv.functional.tracing import traced
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["is_channels_last", "kernels_for"]
+__all__ = ["is_channels_last", "kernels", "kernels_for"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -28,7 +28,7 @@ def kernels_for(x: Tensor) -> Any:
     """
     if not (x.is_cuda or _interpreted()) or x.dtype not in _DTYPES or not x.numel() or traced():
         return None
-    return _kernels() if x.is_contiguous() or is_channels_last(x) else None
+    return kernels() if x.is_contiguous() or is_channels_last(x) else None
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -44,7 +44,8 @@ def _interpreted() -> bool:
 
 
 @functools.cache
-def _kernels() -> Any:
+def kernels() -> Any:
+    """The module, ``None`` where there is none."""
     if os.environ.get("NETDECONV_KERNELS") == "0":
         return None
     try:

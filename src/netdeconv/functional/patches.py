@@ -113,9 +113,10 @@ def mean_patch(x: Tensor, window: Window) -> Tensor:
     size, channels = x.shape[2:], x.shape[1]
     if window.sees_all_once:
         return x.mean((0, *range(2, x.dim())), dtype=dtype)
-    channels_last = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    turned = x if x.is_contiguous() else x.permute(0, *range(2, x.dim()), 1)
+    channels_last = turned is not x and turned.is_contiguous()
     # The mean image keeps the order that x has in memory: a sum over images that jumps about is many times slower.
-    mean = (x.movedim(1, -1) if channels_last else x).mean(0, dtype=dtype)
+    mean = (turned if channels_last else x).mean(0, dtype=dtype)
     with without_autocast(x.device.type):
         if window.taps * math.prod(size) <= _SMALL:
             shares = _map_shares(window, tuple(size), dtype, x.device)

@@ -11,7 +11,7 @@ from torch.autograd.function import Function
 
 from netdeconv.functional.blocks import Blocks
 from netdeconv.functional.fold import fold, times_roots
-from netdeconv.functional.on_gpu import is_channels_last, kernels_for
+from netdeconv.functional.on_gpu import is_channels_last, kernels, kernels_for
 from netdeconv.functional.precision import as_dtype, autocasts, without_autocast
 from netdeconv.functional.scale import (
     LEAST_SHARE,
@@ -117,16 +117,16 @@ class _Step(Function):
     ) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if autocasts(kind) else x.dtype
-        kernels = None if slope.common is None else kernels_for(x)  # which know numbers of every channel only
+        launched = None if slope.common is None else kernels_for(x)  # which know numbers of every channel only
         with without_autocast(kind):
-            if kernels is None:
+            if launched is None:
                 folded, shifted = fold(weight, bias, mean, roots, blocks, scale)
                 product = None
             else:
                 rows = as_dtype(weight, scale.dtype).reshape(blocks.groups, -1, blocks.group_features)
                 product = times_roots(rows, roots, blocks)
                 last = is_channels_last(x) and not x.is_contiguous()
-                folded, shifted = kernels.folded(product, scale, mean, bias, weight, dtype, last)
+                folded, shifted = launched.folded(product, scale, mean, bias, weight, dtype, last)
             y = _convolution(as_dtype(x, dtype), as_dtype(folded, dtype), as_dtype(shifted, dtype), geometry)
         ctx.save_for_backward(x, weight, bias, mean, scale, folded, product, *roots)
         ctx.rest = slope, blocks, geometry, dtype
@@ -151,12 +151,11 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )  # fmt: skip
     grad_bias = as_dtype(grad_shifted, weight.dtype) if for_bias else None
     if product is not None:
-        kernels = kernels_for(x)
-        total, of_features = kernels.gradient_of_product(grad_folded, grad_shifted, product, scale, mean)
+        total, of_features = kernels().gradient_of_product(grad_folded, grad_shifted, product, scale, mean)
         if for_x:
             grad_x = as_dtype(grad_x, x.dtype)
             found = (scale, slope.mean, slope.own, slope.common)
-            kernels.add_gradient_of_scale(grad_x, x, of_features, found, slope.max_rows)
+            kernels().add_gradient_of_scale(grad_x, x, of_features, found, slope.max_rows)
         grad_weight = times_roots(total, roots, blocks).reshape(weight.shape)
         return grad_x, as_dtype(grad_weight, weight.dtype), grad_bias
     exact = scale.dtype

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
             f"{subject.network} cannot be run on images of {size}: {reason}. Try another --data or --image-size"
         ) from error
     line = (
-        f"{subject.network}, width {subject.width:g}, {NORMS[subject.norm]}; {state}; {len(images)} images of "
+        f"{subject.network}, width {subject.width:g}, {NORMS[subject.norm].text}; {state}; {len(images)} images of "
         f"{subject.data['name']}, {'x'.join(map(str, images.shape[1:]))}, in evaluation mode"
     )
     print(f"{line}\n\n{describe(views)}\n")

@@ -1,4 +1,4 @@
-"""Networks by name: of the zoo, of torchvision, and a small one for experiments that two cores can train."""
+"""Networks by name: of the zoo, of torchvision, and two small ones for experiments that two cores can train."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch import nn
 
 from netdeconv import ConfigError, WhitenedConv2d, WhitenedLinear, WhiteningConfig, zoo
 from netdeconv.lab.names import nearest
+from netdeconv.lab.vit import SmallViT
 
 __all__ = ["NORMS", "TASKS", "SmallConvNet", "check_name", "network", "network_names"]
 
 NORMS = ("bn", "nd")  # of the small network
+_SMALL = ("small", "vit")  # made for the images they get
 TASKS = ("classification", "segmentation")
 
 _TORCHVISION = "torchvision:"
@@ -33,13 +35,13 @@ def network(
     Nothing is downloaded: networks of torchvision start from random weights in every part.
 
     Args:
-        name: ``"small"``, a network of the zoo, or ``"torchvision:NAME"``.
+        name: ``"small"``, ``"vit"``, a network of the zoo, or ``"torchvision:NAME"``.
         width: factor on the channels; not for networks of torchvision.
         classes: outputs.
         task: one of :data:`TASKS`. Networks for segmentation are those of torchvision, with an auxiliary head where
             they can have one.
         in_channels: channels of the images; ``None`` for the network's own number, 3.
-        image_size: height and width of the images; asked for by ``"small"`` only.
+        image_size: height and width of the images; asked for by ``"small"`` and ``"vit"`` only.
 
     Raises:
         ConfigError: no such network, or a setting that cannot apply.
@@ -58,6 +60,9 @@ def network(
         shape = {"in_channels": in_channels, "image_size": image_size, "width": max(1, round(16 * width))}
         given: dict[str, Any] = {name: value for name, value in shape.items() if value is not None}
         return SmallConvNet("bn", num_classes=classes, **given)
+    if name == "vit":
+        shape = {"in_channels": in_channels, "image_size": image_size, "width": max(2, 2 * round(24 * width))}
+        return SmallViT(num_classes=classes, **{name: value for name, value in shape.items() if value is not None})
     try:
         if name.startswith(_TORCHVISION):
             model = _of_torchvision(name.removeprefix(_TORCHVISION), width, classes, task)
@@ -72,7 +77,7 @@ def network(
 
 def network_names(task: str = "classification") -> list[str]:
     """Names that :func:`network` takes for a task; those of torchvision where it is installed."""
-    own = ["small", *zoo.NETWORKS] if task == "classification" else []
+    own = [*_SMALL, *zoo.NETWORKS] if task == "classification" else []
     try:
         from torchvision import models
     except ModuleNotFoundError:
@@ -87,7 +92,7 @@ def check_name(name: str) -> None:
     Raises:
         ConfigError: it has no network of this name for any task.
     """
-    own = ["small", *zoo.NETWORKS]
+    own = [*_SMALL, *zoo.NETWORKS]
     if name.lower() in own:
         return
     known = list(dict.fromkeys(one for task in TASKS for one in network_names(task)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,21 +16,14 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 __all__ = [
     "LINES",
-    "STYLES",
     "draw_layers",
     "draw_matrices",
     "history_figure",
     "png",
-    "styles_of_norms",
     "tidy",
 ]
 
-# Okabe and Ito's colours stay apart for colour-blind readers; marker and dash tell them apart in grey.
-STYLES: dict[str, dict[str, Any]] = {
-    "bn": {"color": "#0072B2", "marker": "o"},
-    "nd": {"color": "#D55E00", "marker": "s"},
-}
-# Lines that stay apart in one picture, in the same colours.
+# Lines that stay apart in one picture, in the colours of the norms.
 LINES: tuple[dict[str, Any], ...] = (
     {"color": "#000000", "marker": "o", "linestyle": "-"},
     {"color": "#D55E00", "marker": "s", "linestyle": "-"},
@@ -44,13 +37,6 @@ _DPI = 130
 _AROUND_EPOCHS = 0.3  # left and right of the first and the last one
 # Numbers of a power of ten that get a tick on a logarithmic axis, by the largest over the smallest one on it.
 _STEPS = ((6.0, (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)), (200.0, (1.0, 2.0, 5.0)), (float("inf"), (1.0,)))
-
-
-def styles_of_norms(norms: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """A line for each norm; batch normalisation and network deconvolution look alike in all pictures."""
-    taken = {style["color"] for style in STYLES.values()}
-    others = itertools.cycle(line for line in LINES if line["color"] not in taken)
-    return {norm: STYLES[norm] if norm in STYLES else next(others) for norm in norms}
 
 
 def png(figure: Figure) -> bytes:

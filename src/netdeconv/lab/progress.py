@@ -28,19 +28,18 @@ class Progress:
     line that stays.
 
     Args:
-        runs: how many runs there are.
         stream: where to draw; standard error when ``None``.
         show: ``False`` prints nothing at all.
     """
 
-    def __init__(self, runs: int, *, stream: TextIO | None = None, show: bool = True) -> None:
+    def __init__(self, *, stream: TextIO | None = None, show: bool = True) -> None:
         self.stream = sys.stderr if stream is None else stream
         self.show = show
         self.drawn = show and self.stream.isatty()
         options: dict[str, Any] = {
             "file": self.stream, "disable": not self.drawn, "leave": False, "bar_format": _FORMAT
         }  # fmt: skip
-        self._all = tqdm(total=runs, desc="all runs", unit="run", position=0, **options)
+        self._all = tqdm(total=0, desc="all runs", unit="run", position=0, **options)
         self._run = tqdm(total=1, unit="step", position=1, **options)
 
     def __enter__(self) -> Progress:
@@ -51,8 +50,8 @@ class Progress:
         self._all.close()
 
     def expect(self, runs: int) -> None:
-        """So many runs there will be."""
-        self._all.total = runs
+        """So many more runs there will be."""
+        self._all.total += runs
         self._all.refresh()
 
     def start_run(self, name: str, steps: int) -> None:

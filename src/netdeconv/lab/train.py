@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from netdeconv.lab.allocator import keep_freed_memory
+from netdeconv.lab.optimizers import make_optimizer
 from netdeconv.lab.store import read_json, write_whole
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["CODE", "RECIPE_CODE", "DataSets", "Record", "Training", "make_network", "mlp", "run_trainings", "train"]
 
 # What the numbers of a training depend on, besides the library; and of one by a recipe.
-CODE = ("lab/train.py", "lab/recorder.py", "lab/schedules.py", "lab/tasks.py")
+CODE = ("lab/train.py", "lab/recorder.py", "lab/optimizers.py", "lab/schedules.py", "lab/tasks.py")
 RECIPE_CODE = (*CODE, "lab/training", "lab/recipes")
 
 # Images of their own size for these networks; elsewhere the small ones are enlarged or framed to 32x32.
@@ -36,7 +37,7 @@ _OWN_SIDE = {"digits": (8, ("demo", "mlp", "small")), "mnist": (28, ("mlp",)), "
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """One training with SGD, and a learning rate that falls to zero on a cosine over all steps.
+    """One training, with a learning rate that falls to zero on a cosine over all steps; SGD has momentum 0.9.
 
     With a recipe, ``netdeconv fit`` trains instead: the settings below are given to it as options, everything else is
     the recipe's, and a training that was stopped goes on from its last checkpoint.
@@ -50,7 +51,10 @@ class Training:
         width: factor on the network's channels.
         epochs: passes over the training images.
         steps: training steps in an epoch, fewer than it has; ``None`` for all.
-        batch_size, momentum, weight_decay: as named; the last two are the recipe's if there is one.
+        batch_size: as named.
+        weight_decay: of SGD.
+        optimizer: one of :data:`netdeconv.lab.optimizers.OPTIMIZERS`; it and its weight decay are the recipe's if there
+            is one.
         whitening: settings that differ from the norm's own.
         channels_last: store images and weights with the channels last, which changes the speed only.
         fresh_statistics: record :attr:`Record.fresh_accuracy`; not with a recipe.
@@ -68,8 +72,8 @@ class Training:
     epochs: int = 1
     steps: int | None = None
     batch_size: int = 128
-    momentum: float = 0.9
     weight_decay: float = 1e-3
+    optimizer: str = "sgd"
     whitening: tuple[tuple[str, Any], ...] = ()
     channels_last: bool = False
     fresh_statistics: bool = False
@@ -81,12 +85,13 @@ class Training:
     def name(self) -> str:
         """For the file and the progress."""
         changed = "".join(f"-{key}-{value}" for key, value in self.whitening)
+        by = "" if self.optimizer == "sgd" else f"-{self.optimizer}"
         network = self.network.replace(":", "-")
-        return f"{network}-{self.norm}{changed}-batch{self.batch_size}-rate{self.rate:g}-seed{self.seed}"
+        return f"{network}-{self.norm}{by}{changed}-batch{self.batch_size}-rate{self.rate:g}-seed{self.seed}"
 
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on."""
-        others = ("momentum", "weight_decay") if self.recipe else ("recipe", "options")
+        others = ("optimizer", "weight_decay") if self.recipe else ("recipe", "options")
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in (*others, "root")}
 
 
@@ -186,12 +191,10 @@ def train(training: Training, workspace: Workspace, data: DataSets, *, weights: 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         net = make_network(training, images)
-        sgd = partial(
-            torch.optim.SGD, lr=training.rate, momentum=training.momentum, weight_decay=training.weight_decay
-        )  # fmt: skip
+        optimizer = make_optimizer(training.optimizer, rate=training.rate, weight_decay=training.weight_decay)
         parts = ("validation", "test") if isinstance(images.val_dataloader(), list) else ("test",)
         task = Classification(
-            net, classes=images.num_classes, optimizer=sgd, parts=parts, channels_last=training.channels_last
+            net, classes=images.num_classes, optimizer=optimizer, parts=parts, channels_last=training.channels_last
         )
         recorder = Recorder(workspace.progress, images.parts if training.fresh_statistics else None)
         steps = len(images.train_dataloader()) if training.steps is None else training.steps
@@ -269,7 +272,12 @@ def _diverged(curves: Mapping[str, Sequence[float]]) -> bool:
 
 
 def run_trainings(
-    trainings: Iterable[Training], workspace: Workspace, *, before: Sequence[Mapping[str, Any]] = (), **about: Any
+    trainings: Iterable[Training],
+    workspace: Workspace,
+    *,
+    before: Sequence[Mapping[str, Any]] = (),
+    mark: Mapping[str, Any] | None = None,
+    **about: Any,
 ) -> dict[str, Any]:
     """The result of an experiment: settings and record of every training in ``runs``; finished ones are not repeated.
 
@@ -280,13 +288,14 @@ def run_trainings(
         trainings: all of them.
         workspace: keeps what is finished.
         before: runs that come first.
+        mark: is added to every run but these.
         about: what else the result has.
     """
     data = DataSets()
     plan = list(trainings)
     found: dict[int, dict[str, Any]] = {}
     result: dict[str, Any] = {**about, "runs": list(before)}
-    workspace.progress.expect(len(before) + len(plan))
+    workspace.progress.expect(len(plan))
     for attempt in (workspace.part_if_free, workspace.part):
         for number, training in enumerate(plan):
             if number in found:
@@ -295,7 +304,7 @@ def run_trainings(
             if attempt(training.name, training.settings(), compute) is None:
                 continue
             with workspace.alone():
-                found |= _finished(plan, found, workspace)
+                found |= {k: {**run, **(mark or {})} for k, run in _finished(plan, found, workspace).items()}
                 result = {**about, "runs": [*before, *(found[one] for one in sorted(found))]}
                 workspace.publish(result)
     return result

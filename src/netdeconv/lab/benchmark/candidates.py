@@ -10,50 +10,44 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import netdeconv
-from netdeconv import WhiteningConfig
 from netdeconv.lab.benchmark.settings import MemorySettings, StepSettings
 from netdeconv.lab.devices import device_of
+from netdeconv.lab.methods import Method
 from netdeconv.lab.networks import network
 from netdeconv.lab.norms import with_norm
+from netdeconv.lab.optimizers import make_optimizer
 
-__all__ = ["CANDIDATES", "Training", "kinds", "move_to_step", "network", "period_of", "steady_step"]
-
-CANDIDATES = {
-    "batchnorm": "BatchNorm",
-    "floor": "no normalisation",
-    "default": "default",
-    "paper": "published procedure",
-}
+__all__ = ["Training", "kinds", "move_to_step", "network", "period_of", "steady_step"]
 
 # One batch of noise over and over would soon be learned, or diverge; a step of rate zero costs the same.
-_RATE, _MOMENTUM, _WEIGHT_DECAY = 0.0, 0.9, 5e-4
+_RATE, _WEIGHT_DECAY = 0.0, 5e-4
 
 
 def kinds(settings: MemorySettings) -> list[str]:
-    """Those of :data:`CANDIDATES` that take part."""
-    return [kind for kind in CANDIDATES if not (kind == "paper" and settings.no_paper)]
+    """The methods that take part: batch normalisation first, then network deconvolution.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    named = dict.fromkeys(["bn", "nd", *settings.against.split(",")])
+    return [kind for kind in map(str, map(Method.named, named)) if not (kind == "nd-paper" and settings.no_paper)]
 
 
 def candidate(kind: str, settings: MemorySettings) -> nn.Module:
-    """The network of this kind, one of :data:`CANDIDATES`; always the same for one seed."""
+    """The network by this name; always the same for one seed."""
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         # "small" is made for its images; other networks take any.
         size = (settings.network, settings.width, settings.classes)
         base = network(*size, in_channels=3, image_size=settings.size)
-    if kind == "batchnorm":
-        return base
-    if kind == "floor":
-        return with_norm(base, "none")
-    return netdeconv.convert(base, WhiteningConfig.paper() if kind == "paper" else None)
+    return with_norm(base, Method.named(kind).norm, name=settings.network)
 
 
 class Training:
     """One candidate with optimizer and data, ready to be stepped.
 
     Args:
-        kind: one of :data:`CANDIDATES`.
+        kind: name of a method.
         settings: what to run.
 
     Attributes:
@@ -70,16 +64,15 @@ class Training:
         images = torch.randn(settings.batch, 3, settings.size, settings.size, generator=draw)
         self.images = images.to(self.device).contiguous(memory_format=layout)
         self.labels = torch.randint(settings.classes, (settings.batch,), generator=draw).to(self.device)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=_RATE, momentum=_MOMENTUM, weight_decay=_WEIGHT_DECAY
-        )
+        made = make_optimizer(Method.named(kind).optimizer, rate=_RATE, weight_decay=_WEIGHT_DECAY)
+        self.optimizer = made(self.model.parameters())
         self.forward: Callable[[Tensor], Any] = self.model
         if isinstance(settings, StepSettings) and settings.compile:
             self.forward = torch.compile(self.model, mode=settings.compile_mode)
         self.loss: Tensor | None = None
 
     def step(self) -> None:
-        """Forward, backward, and one step of SGD with momentum and weight decay."""
+        """Forward, backward, and one step of the optimiser."""
         loss = self.loss_of_batch()
         loss.backward()
         self.optimizer.step()

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_class(**given_options(args, settings_class))
     from netdeconv.lab.progress import Progress
 
-    with Progress(1, show=not args.quiet) as progress:
+    with Progress(show=not args.quiet) as progress:
         record, shown, files = measure(args.benchmark, settings, args.out, progress)
     if not record["complete"]:
         kept = f" What was measured so far is in {files[0]}." if files else ""

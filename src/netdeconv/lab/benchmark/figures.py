@@ -9,18 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from netdeconv.lab.benchmark.candidates import CANDIDATES
-from netdeconv.lab.plots import LINES, STYLES, tidy
+from netdeconv.lab.methods import Method
+from netdeconv.lab.norms import NORMS
+from netdeconv.lab.plots import LINES, tidy
 
 __all__ = ["memory_figure", "moments_figure", "root_figure", "scaling_figure", "step_figure"]
 
-_GREY, _GREEN, _PINK = "#7F7F7F", "#009E73", "#CC79A7"
-_BARS = {
-    "batchnorm": STYLES["bn"]["color"],
-    "floor": _GREY,
-    "default": STYLES["nd"]["color"],
-    "paper": _PINK,
-}
 _DPI = 130
 
 
@@ -28,12 +22,13 @@ def step_figure(result: Mapping[str, Any], title: str) -> Figure:
     """Bars of time, relative to BatchNorm, with 95 % intervals; and of memory where it was measured."""
     parts = [("Training step", "training"), ("Evaluation", "evaluation")]
     memory = result.get("memory")
-    figure = Figure(figsize=(4.2 * (2 + bool(memory)), 3.6), dpi=_DPI, layout="constrained")
+    width = 2.2 + 0.5 * len(result["training"]["candidates"])
+    figure = Figure(figsize=(width * (2 + bool(memory)), 3.6), dpi=_DPI, layout="constrained")
     panels = figure.subplots(1, 2 + bool(memory), squeeze=False)[0]
     for axes, (name, part) in zip(panels, parts, strict=False):
         ratios = result[part]["ratios"]
         kinds = list(result[part]["candidates"])
-        found = [ratios.get(f"{kind}/batchnorm", {"value": 1.0, "interval": [1.0, 1.0]}) for kind in kinds]
+        found = [ratios.get(f"{kind}/bn", {"value": 1.0, "interval": [1.0, 1.0]}) for kind in kinds]
         reach = [[abs(ratio["interval"][side] - ratio["value"]) for ratio in found] for side in (0, 1)]
         _bars(axes, kinds, [ratio["value"] for ratio in found], reach)
         axes.set_title(name)
@@ -61,8 +56,8 @@ def _memory_bars(axes: Axes, memory: Mapping[str, Any], what: str, title: str) -
 
 
 def _bars(axes: Axes, kinds: Sequence[str], values: Sequence[float], reach: Any = None) -> None:
-    names = [CANDIDATES[kind].replace(" ", "\n") for kind in kinds]
-    bars = axes.bar(names, values, color=[_BARS[kind] for kind in kinds], yerr=reach, capsize=3)
+    names = [Method.named(kind).label.replace(" ", "\n") for kind in kinds]
+    bars = axes.bar(names, values, color=[Method.named(kind).style["color"] for kind in kinds], yerr=reach, capsize=3)
     axes.bar_label(bars, labels=[f"{value:.2f}" for value in values], padding=2, fontsize=9,
                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5}, zorder=3)  # fmt: skip
     axes.margins(y=0.12)
@@ -138,7 +133,7 @@ def scaling_figure(result: Mapping[str, Any], title: str) -> Figure:
         for which, key, label in (("default", "nd", "whitening"), ("batchnorm", "bn", "batch normalisation")):
             shares = [point["share"][which] for point in mine]
             low, high = ([100 * share["interval"][side] for share in shares] for side in (0, 1))
-            style = STYLES[key]
+            style = NORMS[key].style
             axes.plot(at, [100 * share["value"] for share in shares], markersize=4, label=label, **style)
             axes.fill_between(at, low, high, color=style["color"], alpha=0.16, linewidth=0)
         axes.set_xscale("log", base=2)

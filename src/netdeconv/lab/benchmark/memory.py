@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from netdeconv.lab.benchmark.candidates import CANDIDATES, Training
+from netdeconv.lab.benchmark.candidates import Training
 from netdeconv.lab.benchmark.settings import MemorySettings
 from netdeconv.lab.devices import device_of, matmul_precision, threads
+from netdeconv.lab.methods import Method
 
 __all__ = ["measure", "measure_in_fresh_process", "peak_after", "saved_bytes"]
 
@@ -48,7 +49,7 @@ def measure_in_fresh_process(kind: str, settings: MemorySettings) -> dict[str, A
     )
     if done.returncode:
         raise RuntimeError(
-            f"measuring the memory of {CANDIDATES[kind]} failed with code {done.returncode} (-9: too little "
+            f"measuring the memory of {Method.named(kind).label} failed with code {done.returncode} (-9: too little "
             f"memory): {done.stderr.strip()[-600:]}"
         )
     return json.loads(done.stdout.splitlines()[-1])

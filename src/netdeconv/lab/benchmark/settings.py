@@ -50,6 +50,10 @@ class MemorySettings(Settings):
     batch: int = option(128, "images in a batch")
     size: int = option(32, "height and width of the images")
     dtype: str = option("float32", "bfloat16 computes under autocast", choices=("float32", "bfloat16"))
+    against: str = option(
+        "bn,none,nd-paper",
+        "normalisations beside network deconvolution, with commas between; bn/adamw and bn/muon have that optimiser",
+    )
     no_paper: bool = option(False, "leave out the published procedure, which takes longest, most of all to compile")
     channels_last: bool = option(False, "keep images and weights with the channels last")
 

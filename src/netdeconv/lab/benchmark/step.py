@@ -8,19 +8,20 @@ from typing import Any
 
 import torch
 
-from netdeconv.lab.benchmark.candidates import CANDIDATES, Training, kinds
+from netdeconv.lab.benchmark.candidates import Training, kinds
 from netdeconv.lab.benchmark.memory import measure_in_fresh_process
 from netdeconv.lab.benchmark.record import start
 from netdeconv.lab.benchmark.settings import MemorySettings, StepSettings
 from netdeconv.lab.benchmark.timing import Candidate, Timings, interleaved_times, steady_plan
 from netdeconv.lab.devices import device_of
+from netdeconv.lab.methods import Method
 from netdeconv.lab.progress import Progress
 from netdeconv.lab.report import Table
 
 __all__ = ["headline", "memory_tables", "run", "run_memory", "tables"]
 
 _MB = 1e6
-_BASE = "batchnorm"
+_BASE = "bn"
 
 
 def run(settings: StepSettings, progress: Progress, result: dict[str, Any]) -> None:
@@ -112,7 +113,7 @@ def _evaluation(
 
 def _times(found: Timings) -> dict[str, Any]:
     pairs = [(kind, _BASE) for kind in found.times if kind != _BASE]
-    pairs += [("paper", "default")] if "paper" in found.times else []
+    pairs += [("nd-paper", "nd")] if "nd-paper" in found.times else []
     return {
         "candidates": {kind: found.summary(kind) for kind in found.times},
         "ratios": {f"{a}/{b}": found.ratio(a, b) for a, b in pairs},
@@ -128,18 +129,18 @@ def tables(result: Mapping[str, Any]) -> dict[str, Table]:
         rows = []
         for kind, times in part["candidates"].items():
             split = [_ms(times[key]["median"]) if key in times else "" for key in ("ordinary", "refresh")]
-            rows.append((CANDIDATES[kind], _ms(times["step"]), *split, *_against(part, kind)))
-        broken = [CANDIDATES[kind] for kind, finite in result.get("losses_finite", {}).items() if not finite]
+            rows.append((Method.named(kind).label, _ms(times["step"]), *split, *_against(part, kind)))
+        broken = [Method.named(kind).label for kind, finite in result.get("losses_finite", {}).items() if not finite]
         warning = f" (loss not finite, do not trust: {', '.join(broken)})" if broken else ""
-        if "paper/default" in part["ratios"]:
-            rows.append(("published / default", "", "", "", *_ratio(part["ratios"]["paper/default"])))
+        if "nd-paper/nd" in part["ratios"]:
+            rows.append(("published / ND", "", "", "", *_ratio(part["ratios"]["nd-paper/nd"])))
         found[f"Training step, ms{warning}"] = Table(
             ("", "per step", "ordinary", "refresh", "/ BatchNorm", "95 % interval"), rows
         )
     if "evaluation" in result:
         part = result["evaluation"]
         rows = [
-            (CANDIDATES[kind], _ms(times["step"]), *_against(part, kind))
+            (Method.named(kind).label, _ms(times["step"]), *_against(part, kind))
             for kind, times in part["candidates"].items()
         ]
         found["Evaluation, ms"] = Table(("", "per batch", "/ BatchNorm", "95 % interval"), rows)
@@ -153,7 +154,7 @@ def memory_tables(result: Mapping[str, Any]) -> dict[str, Table]:
         return {}
     rows = [
         (
-            CANDIDATES[kind],
+            Method.named(kind).label,
             f"{memory[kind]['peak'] / _MB:.1f}",
             f"{memory[kind]['peak_ratio']:.3f}",
             f"{memory[kind]['saved'] / _MB:.1f}",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from netdeconv import WhiteningConfig
 from netdeconv.lab.experiments.comparison import accuracy_cell, finals, grouped, loss_cell
 from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation
+from netdeconv.lab.norms import NORMS
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.report import Table
 from netdeconv.lab.train import CODE, Training, run_trainings
@@ -148,14 +149,14 @@ def _default(result: Mapping[str, Any], name: str) -> Any:
 def _draw(
     figure: Figure, groups: Mapping[tuple[str, Any], list[Mapping[str, Any]]], middle: float, noise: float | None
 ) -> None:
-    from netdeconv.lab.plots import STYLES, tidy
+    from netdeconv.lab.plots import tidy
 
     figure.set_size_inches(7.5, 1 + 0.24 * len(groups))
     axes = figure.subplots()
     labels = [f"{_NAMES.get(name, name)} {value}".strip() for name, value in groups]
     places = range(len(groups), 0, -1)
     means = [statistics.fmean(finals(runs)) for runs in groups.values()]
-    colours = [STYLES["bn" if name.startswith("BatchNorm") else "nd"]["color"] for name, _ in groups]
+    colours = [NORMS["bn" if name.startswith("BatchNorm") else "nd"].style["color"] for name, _ in groups]
     axes.axvspan(middle - 2 * (noise or 0), middle + 2 * (noise or 0), color="0.88")
     axes.axvline(middle, color="0.5", linewidth=0.9)
     axes.scatter(means, list(places), c=colours, zorder=3)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from netdeconv import ConfigError
 from netdeconv.lab.experiments.comparison import (
-    NAMES,
     accuracy_cell,
     best,
     best_rate,
@@ -19,6 +18,7 @@ from netdeconv.lab.experiments.comparison import (
     rates_cell,
 )
 from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation
+from netdeconv.lab.norms import NORMS
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.report import Table
 from netdeconv.lab.train import CODE, Training, run_trainings
@@ -43,7 +43,7 @@ class BatchSizeSettings:
     width: float = option(0.125, "factor on its channels")
     batch_sizes: tuple[int, ...] = option((8, 32, 128, 512), "images in a training batch")
     images: int = option(12800, "training images in all, at most one pass; the steps follow")
-    norms: tuple[str, ...] = option(("bn", "nd"), "normalisations to compare", choices=tuple(NAMES))
+    norms: tuple[str, ...] = option(("bn", "nd"), "normalisations to compare", choices=tuple(NORMS))
     rates: tuple[float, ...] = option((0.1, 0.03, 0.01), "learning rates for every norm")
     seeds: int = option(1, "seeds at every rate")
 
@@ -83,7 +83,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
     cases = grouped(runs, lambda run: (run["batch_size"], run["norm"]))
     rows = []
     for (size, norm), same in cases.items():
-        label, steps = f"{size}, {NAMES[norm]}", str(same[0]["steps"])
+        label, steps = f"{size}, {NORMS[norm].label}", str(same[0]["steps"])
         rows.append([label, steps, f"{best_rate(same):g}", accuracy_cell(best(same)), rates_cell(same)])
     first = result["runs"][0]
     note = (
@@ -100,11 +100,12 @@ def present(result: Mapping[str, Any]) -> Presentation:
 
 
 def _draw(figure: Figure, cases: Cases) -> None:
-    from netdeconv.lab.plots import styles_of_norms, tidy
+    from netdeconv.lab.plots import tidy
 
     axes = figure.subplots()
-    for norm, style in styles_of_norms(dict.fromkeys(norm for _, norm in cases)).items():
-        line(axes, {size: finals(best(runs)) for (size, one), runs in cases.items() if one == norm}, NAMES[norm], style)
+    for norm in dict.fromkeys(norm for _, norm in cases):
+        values = {size: finals(best(runs)) for (size, one), runs in cases.items() if one == norm}
+        line(axes, values, NORMS[norm].label, NORMS[norm].style)
     axes.set(xlabel="batch size", ylabel="test accuracy, %")
     axes.set_xscale("log", base=2)
     axes.legend(fontsize=8, frameon=False)

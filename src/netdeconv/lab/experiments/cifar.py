@@ -13,11 +13,12 @@ from netdeconv.lab.experiments.cifar_report import PAPER_RATE, present
 from netdeconv.lab.experiments.experiment import Experiment
 from netdeconv.lab.networks import network_names
 from netdeconv.lab.norms import NORMS
+from netdeconv.lab.optimizers import OPTIMIZERS
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.train import CODE, Training, run_trainings
 from netdeconv.lab.workspace import Workspace
 
-__all__ = ["EXPERIMENT", "CifarSettings"]
+__all__ = ["DEPTHWISE", "EXPERIMENT", "CifarSettings", "network_and_width"]
 
 # The paper's ten networks, with the factor on their channels at which two cores can train them.
 _WIDTHS = {
@@ -26,7 +27,7 @@ _WIDTHS = {
 }  # fmt: skip
 
 # Networks with depthwise convolutions, which on a CPU take half the time with the channels last.
-_DEPTHWISE = ("mobilenet_v2", "pnasnet_a", "efficientnet_b0")
+DEPTHWISE = ("mobilenet_v2", "pnasnet_a", "efficientnet_b0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,16 +50,27 @@ class CifarSettings:
     seeds: int = option(2, "trainings at every rate")
     batch_size: int = option(128, "images in a training batch")
     weight_decay: float = option(1e-3, "of SGD")
+    optimizer: str = option("sgd", "of batch normalisation; the others have SGD", choices=tuple(OPTIMIZERS))
 
     def __post_init__(self) -> None:
         check_fields(self)
-        known = network_names()
         for one in self.networks:
-            name, _, width = one.partition("@")
-            if name not in known:
-                raise ConfigError(f"expected networks out of {', '.join(known[:16])}, got {name!r}")
-            if width and not _is_factor(width):
-                raise ConfigError(f"expected a factor on the channels behind the @ of {one!r}, above 0 and up to 4")
+            network_and_width(one)
+
+
+def network_and_width(text: str) -> tuple[str, float]:
+    """``"vgg11@0.25"`` as a name and the factor on the channels.
+
+    Raises:
+        ConfigError: no such network, or no such factor.
+    """
+    name, _, width = text.partition("@")
+    known = network_names()
+    if name not in known:
+        raise ConfigError(f"expected networks out of {', '.join(known[:16])}, got {name!r}")
+    if width and not _is_factor(width):
+        raise ConfigError(f"expected a factor on the channels behind the @ of {text!r}, above 0 and up to 4")
+    return name, float(width or 1)
 
 
 def _is_factor(text: str) -> bool:
@@ -77,18 +89,19 @@ def planned(settings: CifarSettings) -> Iterator[Training]:
         for dataset, network, norm in itertools.product(settings.datasets, settings.networks, settings.norms):
             rates = settings.bn_rates if norm == "bn" else settings.rates
             if number < len(rates):
-                name, _, width = network.partition("@")
+                name, width = network_and_width(network)
                 yield Training(
                     dataset=dataset,
                     network=name,
-                    width=float(width or 1),
+                    width=width,
                     norm=norm,
                     rate=rates[number],
                     seed=seed,
                     epochs=epochs,
                     batch_size=settings.batch_size,
                     weight_decay=settings.weight_decay,
-                    channels_last=name in _DEPTHWISE,
+                    channels_last=name in DEPTHWISE,
+                    optimizer=settings.optimizer if norm == "bn" else "sgd",
                 )
 
 

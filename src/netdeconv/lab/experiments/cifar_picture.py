@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from netdeconv.lab.experiments.comparison import NAMES, at_epochs, at_rates, best, line
+from netdeconv.lab.experiments.comparison import at_epochs, at_rates, best, line
+from netdeconv.lab.norms import NORMS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,20 +31,17 @@ def draw(figure: Figure, *, title: str, panels: Mapping[str, Mapping[str, Runs]]
         panels: by title: the runs of one network by norm.
         by_epoch: along the epochs, every norm at its best rate, and not along the rates.
     """
-    from netdeconv.lab.plots import styles_of_norms
-
     rows = math.ceil(len(panels) / _MOST_COLUMNS)
     columns = math.ceil(len(panels) / rows)
     figure.set_size_inches(max(5.5, 2.5 * columns), 2.2 * rows + 1.1)
     figure.suptitle(title, fontsize=11)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    styles = styles_of_norms(dict.fromkeys(norm for runs in panels.values() for norm in runs))
     rates = sorted({run["rate"] for norms in panels.values() for runs in norms.values() for run in runs})
     for place, (name, norms) in enumerate(panels.items()):
         axes = grid.flat[place]
         for norm, runs in norms.items():
             values = at_epochs(best(runs), "test/accuracy") if by_epoch else at_rates(runs)
-            line(axes, values, NAMES.get(norm, norm), styles[norm])
+            line(axes, values, NORMS[norm].label, NORMS[norm].style)
         axes.set_title(name, fontsize=9)
         if place + columns >= len(panels):  # nothing below it
             axes.set_xlabel("epoch" if by_epoch else "learning rate", fontsize=8)

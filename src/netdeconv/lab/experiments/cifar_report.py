@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from netdeconv.lab import published
 from netdeconv.lab.experiments.cifar_picture import draw
-from netdeconv.lab.experiments.comparison import NAMES, accuracy_cell, best_rate, by_rate, finals, grouped, loss_cell
+from netdeconv.lab.experiments.comparison import accuracy_cell, best_rate, by_rate, finals, grouped, loss_cell
 from netdeconv.lab.experiments.experiment import Picture, Presentation
+from netdeconv.lab.norms import NORMS
 from netdeconv.lab.report import Table
 
 __all__ = ["PAPER_RATE", "present"]
@@ -98,8 +99,8 @@ def present(result: Mapping[str, Any]) -> Presentation:
 def _accuracy_table(group: Group) -> Table:
     columns = ["network", "width", f"BN at {PAPER_RATE:g}", "BN at its best rate"]
     for norm in group.others:
-        columns += [f"{NAMES.get(norm, norm)} at {rate:g}" for rate in group.rates(norm)]
-        columns += [f"lead of {NAMES.get(norm, norm)} at {group.one_rate(norm):g}"]
+        columns += [f"{NORMS[norm].label} at {rate:g}" for rate in group.rates(norm)]
+        columns += [f"lead of {NORMS[norm].label} at {group.one_rate(norm):g}"]
     rows = [_row(group, case) for case in group.cases]
     means = _mean_row(group)
     note = (
@@ -147,7 +148,7 @@ def _mean_row(group: Group) -> list[list[str]]:
 def _tried(group: Group) -> str:
     """The rates of every norm; not every network may have had them all yet."""
     return "; ".join(
-        f"{NAMES.get(norm, norm)} {', '.join(f'{rate:g}' for rate in group.rates(norm))}" for norm in group.norms
+        f"{NORMS[norm].label} {', '.join(f'{rate:g}' for rate in group.rates(norm))}" for norm in group.norms
     )
 
 
@@ -161,7 +162,7 @@ def _rates_table(group: Group) -> Table:
         for norm, runs in case.runs.items():
             for rate, same in reversed(by_rate(runs).items()):
                 seconds = statistics.median(run["seconds_per_step"] for run in same)
-                cells = [NAMES.get(norm, norm), f"{rate:g}", ", ".join(str(run["seed"]) for run in same)]
+                cells = [NORMS[norm].label, f"{rate:g}", ", ".join(str(run["seed"]) for run in same)]
                 rows.append([case.label, *cells, accuracy_cell(same), loss_cell(same), f"{seconds:.3f}"])
     columns = ["network", "norm", "rate", "seeds", "test accuracy", "training loss", "s per step"]
     note = (

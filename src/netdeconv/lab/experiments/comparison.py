@@ -7,12 +7,13 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from netdeconv.lab.norms import NORMS
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = [
     "METHODS",
-    "NAMES",
     "accuracy_cell",
     "at_epochs",
     "at_rates",
@@ -27,15 +28,7 @@ __all__ = [
     "rates_cell",
 ]
 
-# Of the norms, in tables.
-NAMES = {
-    "none": "no normalisation",
-    "bn": "BatchNorm",
-    "nd": "ND",
-    "nd-paper": "ND, published procedure",
-    "nd-authors": "ND, authors' networks",
-}
-METHODS = {"bn": "BatchNorm", "nd": "network deconvolution"}  # that are compared in most experiments
+METHODS = {norm: str(NORMS[norm]) for norm in ("bn", "nd")}  # compared in most experiments, in full
 ACCURACY = "test/accuracy"
 _LARGE = 1e4  # a loss of a training that has diverged, or nearly
 
@@ -119,7 +112,7 @@ def at_rates(runs: Iterable[Run], logged: str = ACCURACY) -> dict[float, list[fl
     return {rate: finals(same, logged) for rate, same in by_rate(runs).items()}
 
 
-def line(axes: Axes, values: Mapping[float, Sequence[float]], label: str, style: Mapping[str, Any]) -> None:
+def line(axes: Axes, values: Mapping[Any, Sequence[float]], label: str, style: Mapping[str, Any]) -> None:
     """Mean over seeds, and from the worst to the best of them."""
     means = list(map(statistics.fmean, values.values()))
     axes.plot(list(values), means, label=label, markersize=4, linewidth=1.4, **style)

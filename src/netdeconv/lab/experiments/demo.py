@@ -21,6 +21,7 @@ from netdeconv.lab.experiments.comparison import (
     percent,
 )
 from netdeconv.lab.experiments.experiment import SIZES, Experiment, Picture, Presentation
+from netdeconv.lab.norms import NORMS
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.report import Table
 from netdeconv.lab.train import CODE, Training, run_trainings
@@ -111,7 +112,7 @@ def _table(runs: Runs, chosen: Runs, target: float) -> Table:
         f"Test accuracy, mean ± standard deviation over {len(chosen['bn'])} seed(s), each norm at the rate with the "
         "highest accuracy on the validation images: scikit-learn's digits, 997 images to train on, 400 to choose by, "
         f"400 to test on. 3x3 convolutions of 16, 32 and 32 channels and a linear layer, {first['parameters']:,} "
-        f"parameters with BatchNorm; batch {first['batch_size']}, SGD with momentum {first['momentum']:g}, weight "
+        f"parameters with BatchNorm; batch {first['batch_size']}, SGD with momentum 0.9, weight "
         f"decay {first['weight_decay']:g}, cosine per step. Recomputed: the running statistics lag behind in the first "
         "epoch; here they are taken anew from the training images, for both. Times: median over the runs."
     )
@@ -155,12 +156,12 @@ def _rates_table(runs: Runs, chosen: Runs) -> Table:
 
 
 def _draw(figure: Figure, runs: Runs, chosen: Runs, target: float) -> None:
-    from netdeconv.lab.plots import STYLES, tidy
+    from netdeconv.lab.plots import tidy
 
     figure.set_size_inches(12.5, 4.1)
     loss, accuracy, rates = figure.subplots(1, 3)
     for norm in METHODS:
-        name, style = METHODS[norm], STYLES[norm]
+        name, style = METHODS[norm], NORMS[norm].style
         line(loss, at_epochs(chosen[norm], "train/loss"), f"{name}, training", style)
         line(loss, at_epochs(chosen[norm], "test/loss"), f"{name}, test", {**style, "linestyle": "--", "mfc": "white"})
         label = f"{name}, rate {chosen[norm][0]['rate']:g}"

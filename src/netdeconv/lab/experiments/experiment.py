@@ -19,7 +19,10 @@ __all__ = ["LIBRARY", "SIZES", "Experiment", "Picture", "Presentation"]
 SIZES = ("smoke", "small", "paper")
 
 # What the numbers of every training depend on; an experiment adds its own files.
-LIBRARY = ("config.py", "functional", "nn", "surgery", "zoo", "lab/data", "lab/norms.py", "lab/networks.py")
+LIBRARY = (
+    "config.py", "functional", "nn", "surgery", "zoo", "lab/data", "lab/norms.py", "lab/rivals", "lab/networks.py",
+    "lab/vit.py",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

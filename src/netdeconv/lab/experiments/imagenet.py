@@ -9,8 +9,8 @@ from typing import Any
 
 from netdeconv.lab.data.generated import write_image_folder
 from netdeconv.lab.experiments.by_recipe import GENERATED, Measure, compared, folder_of, present_compared
-from netdeconv.lab.experiments.comparison import NAMES
 from netdeconv.lab.experiments.experiment import SIZES, Experiment, Presentation
+from netdeconv.lab.norms import NORMS
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.published import IMAGENET, PAPER, STUDY
 from netdeconv.lab.report import Table
@@ -64,7 +64,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
 
 def _published() -> Table:
     rows = [
-        [row.network, NAMES[row.norm], *(f"{value:.2f} %" for value in row.paper + row.study)] for row in IMAGENET
+        [row.network, str(NORMS[row.norm]), *(f"{value:.2f} %" for value in row.paper + row.study)] for row in IMAGENET
     ]
     columns = ["network", "method", "top-1, paper", "top-5, paper", "top-1, study", "top-5, study"]
     note = (

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from netdeconv.lab.experiments.comparison import (
-    NAMES,
     accuracy_cell,
     at_epochs,
     best,
@@ -19,6 +18,7 @@ from netdeconv.lab.experiments.comparison import (
     rates_cell,
 )
 from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation
+from netdeconv.lab.norms import NORMS
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.report import Table
 from netdeconv.lab.train import CODE, Training, run_trainings
@@ -37,7 +37,7 @@ class MlpSettings:
     """What is trained: every norm at every rate with one seed, then the other seeds at its best rate."""
 
     datasets: tuple[str, ...] = option(("fashion_mnist", "mnist"), "data sets", choices=tuple(_DATASETS))
-    norms: tuple[str, ...] = option(("none", "bn", "nd"), "normalisations to compare", choices=tuple(NAMES))
+    norms: tuple[str, ...] = option(("none", "bn", "nd"), "normalisations to compare", choices=tuple(NORMS))
     rates: tuple[float, ...] = option((0.02, 0.1, 0.5), "learning rates for every norm")
     seeds: int = option(1, "seeds at the best rate; the other rates get one")
     epochs: int = option(2, "passes over the training images")
@@ -83,7 +83,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
         accuracy, loss = (at_epochs(chosen, logged) for logged in ("test/accuracy", "train/loss"))
         rows.append(
             [
-                f"{_DATASETS[dataset]}, {NAMES[norm]}",
+                f"{_DATASETS[dataset]}, {NORMS[norm].label}",
                 f"{chosen[0]['rate']:g}",
                 f"{statistics.fmean(accuracy[1]):.1f} %",
                 accuracy_cell(chosen),
@@ -106,16 +106,15 @@ def present(result: Mapping[str, Any]) -> Presentation:
 
 
 def _draw(figure: Figure, cases: Mapping[tuple[str, str], list[Mapping[str, Any]]]) -> None:
-    from netdeconv.lab.plots import styles_of_norms, tidy
+    from netdeconv.lab.plots import tidy
 
     datasets = list(dict.fromkeys(dataset for dataset, _ in cases))
     figure.set_size_inches(4.2 * len(datasets), 3.4)
-    styles = styles_of_norms(NAMES)
     for axes, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True):
-        for norm, name in NAMES.items():
+        for norm, one in NORMS.items():
             if (dataset, norm) in cases:
                 runs = best(cases[dataset, norm])
-                line(axes, at_epochs(runs, "train/loss"), f"{name}, rate {runs[0]['rate']:g}", styles[norm])
+                line(axes, at_epochs(runs, "train/loss"), f"{one.label}, rate {runs[0]['rate']:g}", one.style)
         axes.set(xlabel="epoch", ylabel="training loss", title=_DATASETS[dataset], yscale="log")
         axes.legend(fontsize=8, frameon=False)
         tidy(axes)

@@ -16,6 +16,8 @@ EXPERIMENTS: dict[str, tuple[str, str]] = {
     "regression": ("regression", "linear models: whitened input makes gradient descent converge in one iteration"),
     "mlp": ("mlp", "a multi-layer perceptron: no normalisation, batch normalisation, network deconvolution"),
     "cifar": ("cifar", "table 1: networks on CIFAR, batch normalisation at its best rate, and network deconvolution"),
+    "rivals": ("rivals", "what else could be taken: IterNorm, DBP, SWBN, GroupNorm, AdamW, Muon, by steps and seconds"),
+    "vit": ("vit", "a small vision transformer: its linear layers plain, whitened, and decorrelated by DBP"),
     "batch-size": ("batch_size", "batch normalisation and network deconvolution in small and large batches"),
     "ablation": ("ablation", "block size, sampling, iterations, eps, refresh period, gradient: one changed at a time"),
     "cost": ("cost", "operations and time of whitening, layer by layer, published procedure and default"),

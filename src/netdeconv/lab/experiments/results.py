@@ -74,7 +74,7 @@ def carry_out(
         raise ConfigError(f"expected threads of at least 1, got {thread_count}")
     folder = out / experiment.name
     folder.mkdir(parents=True, exist_ok=True)
-    with threads(thread_count), quiet_lightning(), Progress(1, show=show) as progress:
+    with threads(thread_count), quiet_lightning(), Progress(show=show) as progress:
         record: dict[str, Any] = {
             "experiment": experiment.name,
             "command": command,

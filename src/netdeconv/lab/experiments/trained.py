@@ -58,7 +58,7 @@ def trained(workspace: Workspace, settings: TrainedSettings, norm: str) -> Train
     """Train a network, or find it again: it is kept beside the experiments, in ``trained/``.
 
     Args:
-        workspace: its folder's parent gets the networks, and it is told the time that the training took.
+        workspace: its folder's parent gets the networks, and its time counts the training.
         settings: what to train.
         norm: one of :data:`~netdeconv.lab.experiments.comparison.METHODS`.
     """
@@ -101,7 +101,7 @@ def training_line(used: Any) -> str:
     epochs = "1 epoch" if used["epochs"] == 1 else f"{used['epochs']} epochs"
     return (
         f"{used['network']} of width {used['width']:g} after {epochs} of {used['dataset']} (SGD, momentum "
-        f"{Training.momentum:g}, weight decay {used['weight_decay']:g}, batches of {used['batch_size']}, cosine "
+        f"0.9, weight decay {used['weight_decay']:g}, batches of {used['batch_size']}, cosine "
         f"schedule from {used['bn_rate']:g} for batch normalisation and {used['nd_rate']:g} for network deconvolution, "
         f"seed {used['seed']}), seen on {used['images']} test images in evaluation mode"
     )

@@ -70,7 +70,7 @@ class Network:
     Args:
         network: small, a network of the zoo, or torchvision:NAME.
         width: factor on the channels.
-        norm: normalisation: bn, nd, nd-paper, nd-authors, gn, ln, in, none.
+        norm: normalisation, by name.
         whitening: settings of WhiteningConfig that differ from the norm's own, e.g. --whitening.update_every 4.
         smoothing: label smoothing, for classification.
         aux_weight: of the auxiliary head's loss, for segmentation.
@@ -166,7 +166,7 @@ def help_text(command: str) -> str:
             name: ", ".join(options) for name, options in DATA_OPTIONS.items()
         },
         "networks, for --network, beside small and torchvision:NAME": {"the zoo": ", ".join(zoo.NETWORKS)},
-        "normalisations, for --norm": NORMS,
+        "normalisations, for --norm": {name: norm.text for name, norm in NORMS.items()},
         "optimizers, for --optimizer": {"torch.optim": "SGD and others, with --optimizer.lr, --optimizer.momentum, "
         "--optimizer.weight_decay, ...; --optimizer.help NAME lists what one takes"},
     }  # fmt: skip

@@ -1,0 +1,189 @@
+"""Rivals compared: what is planned, what the seconds allow, the table and picture, optimisers and methods by name."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+pytest.importorskip("torchvision")
+
+from netdeconv import ConfigError
+from netdeconv.cli import main
+from netdeconv.lab import train
+from netdeconv.lab.benchmark.candidates import Training, kinds
+from netdeconv.lab.benchmark.settings import MemorySettings
+from netdeconv.lab.experiments import rivals
+from netdeconv.lab.experiments.rivals import RivalsSettings, planned
+from netdeconv.lab.experiments.rivals_report import present
+from netdeconv.lab.methods import Method
+from netdeconv.lab.optimizers import MuonAndAdamW, make_optimizer
+from netdeconv.lab.train import Record
+
+SMALL = RivalsSettings(
+    networks=("vgg11@0.0625",), dataset="digits", methods=("bn", "nd", "bn/muon"), rates=(0.1, 0.03),
+    adaptive_rates=(0.01,), epochs=2, steps=10,
+)  # fmt: skip
+TIMES = {
+    "seconds": {"bn": 0.1, "nd": 0.2, "bn/muon": 0.05},
+    "ratios": {
+        name: {"value": value, "interval": [value, value]} for name, value in (("bn", 1), ("nd", 2), ("bn/muon", 0.5))
+    },
+}
+
+
+def test_every_rate_is_planned_once() -> None:
+    plan = [(one.norm, one.optimizer, one.rate) for one in planned(SMALL)]
+    assert plan == [
+        ("bn", "sgd", 0.1), ("nd", "sgd", 0.1), ("bn", "muon", 0.01), ("bn", "sgd", 0.03), ("nd", "sgd", 0.03)
+    ]  # fmt: skip
+    small = list(planned(RivalsSettings()))
+    assert len(small) == len(set(small)) == 3 * 9 * 3
+    assert {one.channels_last for one in small if one.network == "mobilenet_v2"} == {True}
+
+
+def test_best_rates_get_seeds_and_the_same_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = []
+
+    def at_once(one: train.Training, *_: Any) -> Record:
+        trained.append((one.norm, one.optimizer, one.rate, one.seed, one.epochs, one.steps))
+        last = {("bn", 0.1): 0.5, ("bn", 0.03): 0.6, ("nd", 0.1): 0.7, ("nd", 0.03): 0.5, ("bn", 0.01): 0.4}
+        accuracy = last[one.norm, one.rate] + one.seed / 10 - (one.epochs != 2 or one.steps != 10) / 100
+        curves = {"test/accuracy": [0.1] * (one.epochs - 1) + [accuracy], "train/loss": [1.0] * one.epochs}
+        return Record(steps=one.epochs * (one.steps or 0), curves=curves, parameters=1, diverged=False)
+
+    monkeypatch.setattr(train, "train", at_once)
+    monkeypatch.setattr(rivals, "_times", lambda *_: TIMES)
+    monkeypatch.setitem(rivals.EXPERIMENT.sizes, "smoke", SMALL)  # type: ignore[index]
+    assert main(["reproduce", "rivals", "--size", "smoke", "--out", str(tmp_path), "--quiet"]) == 0
+    assert trained[5:] == [
+        ("bn", "sgd", 0.03, 1, 2, 10), ("nd", "sgd", 0.1, 1, 2, 10), ("bn", "muon", 0.01, 1, 2, 10),
+        # half the steps, in one epoch, as they cost twice; twice the steps, in four
+        ("nd", "sgd", 0.1, 0, 1, 10), ("bn", "muon", 0.01, 0, 4, 10),
+        ("nd", "sgd", 0.1, 1, 1, 10), ("bn", "muon", 0.01, 1, 4, 10),
+    ]  # fmt: skip
+    result = json.loads((tmp_path / "rivals" / "result.json").read_text())["result"]
+    table = present(result).tables[0]
+    assert [list(row[1:]) for row in table.rows] == [
+        ["BatchNorm", "0.03", "65.0 ± 7.1 %", "1", "65.0 ± 7.1 %", "50.0 (0.1), 60.0 (0.03)"],
+        ["ND", "0.1", "75.0 ± 7.1 %", "2.00 (2.00 to 2.00)", "74.0 ± 7.1 %", "70.0 (0.1), 50.0 (0.03)"],
+        ["BatchNorm, Muon", "0.01", "45.0 ± 7.1 %", "0.50 (0.50 to 0.50)", "44.0 ± 7.1 %", "40.0 (0.01)"],
+    ]
+    assert "74.0 ± 7.1 %" in capsys.readouterr().out
+
+
+def test_a_run_that_has_not_ended_is_shown() -> None:
+    run = {**dataclasses.asdict(next(iter(planned(SMALL)))), "steps": 20, "curves": {"test/accuracy": [0.2, 0.4]}}
+    found = present({"times": {"vgg11@0.0625": TIMES}, "runs": [run]})
+    assert [list(row) for row in found.tables[0].rows] == [
+        ["VGG-11, width 0.0625", "BatchNorm", "0.1", "40.0 %", "1", "40.0 %", "40.0 (0.1)"]
+    ]
+    figure = Figure()
+    found.figures[0].draw(figure)
+    (line,) = figure.axes[0].lines
+    assert line.get_xydata().tolist() == [[1.0, 20.0], [2.0, 40.0]]  # 10 steps of 0.1 s an epoch
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ("bn", "itrnorm")}, "there is no norm itrnorm. The nearest name is iternorm"),
+        ({"methods": ("bn", "bn/muno")}, "there is no optimiser muno. The nearest name is muon"),
+        ({"networks": ("vgg12",)}, "got 'vgg12'"),
+    ],
+)
+def test_wrong_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RivalsSettings(**changes)
+
+
+def test_the_benchmark_takes_methods_by_name() -> None:
+    tiny = {"network": "vgg11", "width": 0.0625, "batch": 4}
+    settings = MemorySettings(**tiny, against="gn+ws,bn/muon")
+    assert kinds(settings) == ["bn", "nd", "gn+ws", "bn/muon"]
+    training = Training("bn/muon", settings)
+    assert isinstance(training.optimizer, MuonAndAdamW)
+    training.step()
+    assert training.loss is not None and training.loss.isfinite()
+    with pytest.raises(ConfigError, match="there is no norm dpb"):
+        kinds(MemorySettings(against="dpb"))
+
+
+# --------------------------------------------------------------------------------------------------- optimisers
+
+
+def small_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, groups=4), nn.Flatten(),
+                         nn.Linear(16, 5)).double()  # fmt: skip
+
+
+def steps(net: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+    for number in range(count):
+        draw = torch.Generator().manual_seed(number)
+        x, y = torch.randn(6, 3, 6, 6, generator=draw, dtype=torch.float64), torch.arange(6) % 5
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+
+
+def same(net: nn.Module, other: nn.Module) -> bool:
+    return all(torch.allclose(p, q, rtol=0, atol=1e-12) for p, q in zip(net.parameters(), other.parameters()))  # noqa: B905
+
+
+def test_muon_takes_matrices_and_adamw_the_rest() -> None:
+    """Against the two optimisers of torch by hand, the convolution's weight as a matrix."""
+    net, other = small_network(), small_network()
+    steps(net, make_optimizer("muon", rate=0.02, weight_decay=9)(net.parameters()), 3)
+    conv: Any = other[0]  # type: ignore[index]
+    matrix = nn.Parameter(conv.weight.detach().flatten(1))
+    options: Any = {"lr": 0.02, "weight_decay": 0.05}
+    muon = torch.optim.Muon([matrix, other[4].weight], **options, adjust_lr_fn="match_rms_adamw")  # type: ignore[index, list-item]
+    rest = [p for p in other.parameters() if p is not conv.weight and p is not other[4].weight]  # type: ignore[index]
+    adamw = torch.optim.AdamW(rest, **options)
+
+    class Both:
+        def zero_grad(self) -> None:
+            other.zero_grad()
+
+        def step(self) -> None:
+            matrix.grad = conv.weight.grad.flatten(1)
+            muon.step()
+            adamw.step()
+
+    steps(other, Both(), 3)  # type: ignore[arg-type]
+    assert same(net, other)
+    assert not same(net, small_network())
+
+
+def test_muon_goes_on_and_bears_channels_last() -> None:
+    net, other = small_network(), small_network().to(memory_format=torch.channels_last)
+    steps(net, make_optimizer("muon", rate=0.02, weight_decay=0)(net.parameters()), 4)
+    first = make_optimizer("muon", rate=0.02, weight_decay=0)(other.parameters())
+    steps(other, first, 4)
+    torch.testing.assert_close(other[0].weight, net[0].weight, rtol=0.02, atol=1e-3)  # type: ignore[index]  # bfloat16
+    first.param_groups[0]["lr"] = 0.01
+    state = copy.deepcopy(first.state_dict())
+    again = small_network().to(memory_format=torch.channels_last)
+    again.load_state_dict(other.state_dict())
+    second = make_optimizer("muon", rate=0.5, weight_decay=0)(again.parameters())
+    second.load_state_dict(state)
+    for one, optimizer in ((other, first), (again, second)):
+        optimizer.param_groups[0]["lr"] /= 2
+        steps(one, optimizer, 1)
+    assert same(other, again)
+
+
+def test_methods_by_name() -> None:
+    assert Method.named("bn/muon") == ("bn", "muon") and Method.named("gn+ws") == ("gn+ws", "sgd")
+    assert [str(Method.named(name)) for name in ("bn", "bn/sgd", "nd/adamw")] == ["bn", "bn", "nd/adamw"]
+    assert Method.named("nd/adamw").label == "ND, AdamW"
