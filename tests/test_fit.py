@@ -155,7 +155,7 @@ def test_help_names_recipes_and_the_options_of_every_data_set(capsys: pytest.Cap
     assert shown.startswith("usage: netdeconv fit")
     some = {"--norm", "--schedule.name", "--trainer.max_epochs", "--ckpt_path", "--help-all"}
     assert some <= set(re.findall(r"--[\w.-]+", shown))
-    assert {*recipes.recipes(), *norms.NORMS, *DATA_OPTIONS} <= set(re.findall(r"[\w-]+", shown))
+    assert {*recipes.recipes(), *norms.NORMS, *DATA_OPTIONS} <= set(re.findall(r"[\w+-]+", shown))
     assert shown.count("\n") < 130 and max(map(len, shown.splitlines())) <= 120
     for command in ("validate", "test"):
         assert cli.main([command, "-h"]) == 0
@@ -226,6 +226,7 @@ def test_names_are_checked_before_lightning_is_loaded(argv: list[str], code: int
         (["--config=digits", "--optimizer.lrr=1"], "--optimizer.lrr: there is no such option"),
         (["--config=digits", "--data.bach_size=8"], "--data.bach_size: there is no such option. The nearest"),
         (["--config=digits", "--data.batch_size=many"], "--data.batch_size: expected int, got many"),
+        (["--config=cifar10-1-epoch", "--data.download=9"], "--data.download: expected bool, got 9"),
         (["--config=digits", "--whitening.update_evry=4"], "The nearest name is update_every"),
         (["--config=digits", "--trainer.max_epochs=ten"], "--trainer.max_epochs: expected Optional[int], got ten"),
         (["--config=digits", "--optimizer.lr=fast"], "--optimizer.lr: expected float | torch.Tensor, got fast"),
@@ -235,6 +236,9 @@ def test_names_are_checked_before_lightning_is_loaded(argv: list[str], code: int
         (["--config=digits", "--schedule.name=linear"], "got 'linear'"),
         (["--config=digits", "--checkpoint.mode=best"], "expected checkpoint.mode max or min, got 'best'"),
         (["--config"], "--config: expected a value"),
+        (["--config=digits", "--compile"], "--compile: expected bool, got no value"),
+        (["--config=digits", "--trainer.callbacks+=Early"], "--trainer.callbacks: expected Union[list["),
+        (["--config=digits", "--seed_everything=maybe"], "--seed_everything: does not take maybe"),
         (["--config=digits", "--ckpt_path=nowhere.ckpt"], "there is no nowhere.ckpt"),
     ],
 )

@@ -199,9 +199,11 @@ def parsed(parser: ArgumentParser, words: Sequence[str], trainer: type) -> Names
             before = parser.parse_args(words[:count])
         except ArgumentError:
             option, _, value = word.removeprefix("--").partition("=")
-            optimizer = getattr(optim, before.optimizer.class_path.rpartition(".")[2], None)
-            takes = {"": Network, "schedule": Schedule, "checkpoint": Checkpoints, "trainer": trainer}
-            raise ConfigError(refused(option, value, {**takes, "optimizer": optimizer}) or message) from None
+            if option != "config":  # what is wrong in a file only the parser knows
+                optimizer = getattr(optim, before.optimizer.class_path.rpartition(".")[2], None)
+                takes = {"": Network, "schedule": Schedule, "checkpoint": Checkpoints, "trainer": trainer}
+                message = refused(option.removesuffix("+"), value, {**takes, "optimizer": optimizer})
+            break
     raise ConfigError(message)
 
 
@@ -211,8 +213,8 @@ def instantiated(parser: ArgumentParser, settings: Namespace) -> Namespace:
     return make(settings)
 
 
-def refused(option: str, value: Any, classes: Mapping[str, type | None]) -> str | None:
-    """What an option takes and what it got, in a line; ``None`` where no class says what it takes.
+def refused(option: str, value: Any, classes: Mapping[str, type | None]) -> str:
+    """In a line: an option, what it takes, where a class says so, and what it got.
 
     Args:
         option: with its group, ``group.name``.
@@ -220,7 +222,11 @@ def refused(option: str, value: Any, classes: Mapping[str, type | None]) -> str 
         classes: whose arguments the options of each group are.
     """
     group, _, name = option.rpartition(".")
-    kind = classes.get(group)
-    hint = typing.get_type_hints(vars(kind)["__init__"]).get(name) if kind is not None else None
+    bases = getattr(classes.get(group), "__mro__", ())  # a class hands on what only its base names
+    makers = (vars(base)["__init__"] for base in bases if "__init__" in vars(base))
+    hint = next((hints[name] for hints in map(typing.get_type_hints, makers) if name in hints), None)
+    got = "no value" if value == "" else value
+    if hint is None:
+        return f"--{option}: does not take {got}"
     expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-    return f"--{option}: expected {expected}, got {value}" if hint is not None else None
+    return f"--{option}: expected {expected}, got {got}"

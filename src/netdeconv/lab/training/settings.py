@@ -43,8 +43,8 @@ def resolved_data(options: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"--data.{key}: {name} has no such option. {nearest(key, known)}")
         try:
             parser.parse_object({"data": {key: value}})
-        except ArgumentError as error:
-            raise ConfigError(refused(f"data.{key}", value, {"data": DATASETS[name]}) or str(error)) from None
+        except ArgumentError:
+            raise ConfigError(refused(f"data.{key}", value, {"data": DATASETS[name]})) from None
     found = parser.parse_object({"data": given}).data
     return {"name": name, **{key: _plain(value) for key, value in found.as_dict().items()}}
 
