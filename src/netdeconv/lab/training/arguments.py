@@ -19,14 +19,13 @@ from netdeconv.lab.names import nearest
 from netdeconv.lab.networks import check_name
 from netdeconv.lab.norms import NORMS
 from netdeconv.lab.saved import find_saved, located, settings_in
-from netdeconv.lab.schedules import SCHEDULES, Schedule
+from netdeconv.lab.schedules import SCHEDULES
 from netdeconv.lab.training.folder import CONFIG
-from netdeconv.lab.training.options import DATA_OPTIONS, Checkpoints, settings_parser
+from netdeconv.lab.training.options import DATA_OPTIONS, settings_parser
 from netdeconv.lab.training.recipes import recipe_path, recipes
 
 __all__ = ["full_arguments"]
 
-_GROUPS = {"whitening": WhiteningConfig, "schedule": Schedule, "checkpoint": Checkpoints}
 _NEED_VALUES = ("config", "data", "optimizer", "out")
 _OF_CLASSES = ("class_path", "init_args", "help")  # what jsonargparse adds to the arguments of a class
 _WITHOUT_TRAINING = {"help", "print_config"}
@@ -144,13 +143,16 @@ def _check(given: Mapping[str, str], data: str | None, recipe: Mapping[str, Any]
     if (name := given.get("schedule.name", "cosine")) not in SCHEDULES:
         raise ConfigError(f"--schedule.name: expected one of {', '.join(SCHEDULES)}, got {name!r}")
     optimizer = _optimizer(given, recipe)
+    defaults = settings_parser(command).get_defaults()
     known: dict[str, list[str]] = {
-        **{group: [field.name for field in dataclasses.fields(kind)] for group, kind in _GROUPS.items()},
         "data": ["name", *DATA_OPTIONS[data]],
+        "whitening": [field.name for field in dataclasses.fields(WhiteningConfig)],
+        "schedule": [*vars(defaults.schedule)],
+        "checkpoint": [*vars(defaults.checkpoint)],
         "trainer": _trainer_options(),
         "optimizer": [] if optimizer is None else [*inspect.signature(optimizer).parameters][1:],
     }
-    groups = [*vars(settings_parser(command).get_defaults()), "print_config", "help", *known]
+    groups = [*vars(defaults), "print_config", "help"]
     for option in given:
         group, _, name = option.removesuffix("+").partition(".")
         name = name.partition(".")[0]
