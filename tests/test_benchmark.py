@@ -116,6 +116,17 @@ def test_an_interval_holds_its_value_and_is_the_same_every_time() -> None:
     assert found.ratio("a", "b") == ratio
 
 
+def test_intervals_by_hand() -> None:
+    two = Timings((False, False), {"a": 1, "b": 1}, {"a": [1.0, 3.0], "b": [1.0, 1.0]})
+    assert two.ratio("a", "b") == {"value": 2.0, "interval": [1.0, 3.0]}
+    once = Timings((False, True), {"a": 1, "b": 4}, {"a": [1.0, 1.0], "b": [2.0, 6.0]})
+    assert once.ratio("b", "a") == {"value": 3.0, "interval": [3.0, 3.0]}  # nothing to draw from
+    # the one refresh is in every draw: (6 + 3 * 2) / 4 and (6 + 3 * 4) / 4
+    seldom = Timings((False, True, False), {"a": 1, "b": 4}, {"a": [1.0, 1.0, 1.0], "b": [2.0, 6.0, 4.0]})
+    assert seldom.ratio("b", "a")["interval"] == [3.0, 4.5]
+    assert seldom.ratio("a", "b")["interval"] == pytest.approx([1 / 4.5, 1 / 3])
+
+
 # ------------------------------------------------------------------------------------------------- the candidates
 
 
@@ -159,7 +170,8 @@ def test_torchvision_networks_by_name() -> None:
     for name, width, message in (
         ("torchvision:nothing", 1.0, "nothing"),
         ("torchvision:resnet18", 0.5, "width=0.5 cannot apply"),
-        ("timm:resnet18", 1.0, "torchvision:NAME"),
+        ("caffe:resnet18", 1.0, "torchvision:NAME or timm:NAME"),
+        ("timm:resnet19", 1.0, "timm has no network .resnet19."),
         ("resnet19", 1.0, "resnet19"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -68,7 +68,7 @@ class Network:
     """The network and how it is run.
 
     Args:
-        network: small, a network of the zoo, or torchvision:NAME.
+        network: small, vit, a network of the zoo, torchvision:NAME or timm:NAME.
         width: factor on the channels.
         norm: normalisation, by name.
         whitening: settings of WhiteningConfig that differ from the norm's own, e.g. --whitening.update_every 4.
@@ -165,7 +165,10 @@ def help_text(command: str) -> str:
         "data sets, for --data, and the --data.OPTIONs of each; NETDECONV_DATA is a root for all": {
             name: ", ".join(options) for name, options in DATA_OPTIONS.items()
         },
-        "networks, for --network, beside small and torchvision:NAME": {"the zoo": ", ".join(zoo.NETWORKS)},
+        "networks, for --network": {
+            "the zoo": ", ".join(zoo.NETWORKS),
+            "others": "small, vit, torchvision:NAME, timm:NAME",
+        },
         "normalisations, for --norm": {name: norm.text for name, norm in NORMS.items()},
         "optimizers, for --optimizer": {"torch.optim": "SGD and others, with --optimizer.lr, --optimizer.momentum, "
         "--optimizer.weight_decay, ...; --optimizer.help NAME lists what one takes"},
