@@ -8,7 +8,7 @@ from typing import Any
 
 from netdeconv.lab.data.generated import write_cityscapes
 from netdeconv.lab.experiments.by_recipe import GENERATED, Measure, compared, folder_of, present_compared
-from netdeconv.lab.experiments.experiment import SIZES, Experiment, Presentation
+from netdeconv.lab.experiments.experiment import Experiment, Presentation
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.published import CITYSCAPES_NOTE
 from netdeconv.lab.train import RECIPE_CODE
@@ -76,23 +76,17 @@ EXPERIMENT = Experiment(
     name="cityscapes",
     claim="Network deconvolution segments streets better than batch normalisation does.",
     source="table 3",
-    sizes=dict(
-        zip(
-            SIZES,
-            (
-                CityscapesSettings(
-                    data=GENERATED, bn_rates=(0.02,), nd_rates=(0.1,), epochs=1, evaluate_every=1, batch_size=4,
-                    image_size=32, base_size=32,
-                ),
-                CityscapesSettings(),
-                CityscapesSettings(
-                    data=".", network="torchvision:fcn_resnet50", nd_rates=(0.1,), epochs=30, evaluate_every=1,
-                    image_size=480, base_size=520, workers=8,
-                ),
-            ),
-            strict=True,
-        )
-    ),
+    sizes={
+        "smoke": CityscapesSettings(
+            data=GENERATED, bn_rates=(0.02,), nd_rates=(0.1,), epochs=1, evaluate_every=1, batch_size=4,
+            image_size=32, base_size=32,
+        ),
+        "small": CityscapesSettings(),
+        "paper": CityscapesSettings(
+            data=".", network="torchvision:fcn_resnet50", nd_rates=(0.1,), epochs=30, evaluate_every=1,
+            image_size=480, base_size=520, workers=8,
+        ),
+    },
     run=run,
     present=present,
     code=("lab/experiments/cityscapes.py", "lab/experiments/by_recipe.py", *RECIPE_CODE),

@@ -10,7 +10,7 @@ from torch import Tensor
 from netdeconv.inspect import LayerView, Responses, inspect_layers
 from netdeconv.lab.experiments.comparison import METHODS
 from netdeconv.lab.experiments.correlation_report import present
-from netdeconv.lab.experiments.experiment import SIZES, Experiment
+from netdeconv.lab.experiments.experiment import Experiment
 from netdeconv.lab.experiments.trained import CODE, TrainedSettings, trained
 from netdeconv.lab.workspace import Workspace
 
@@ -69,17 +69,11 @@ EXPERIMENT = Experiment(
     name="correlation",
     claim="Whitening removes the pixel-wise and the channel-wise correlation of what every layer sees.",
     source="abstract and section 3",
-    sizes=dict(
-        zip(
-            SIZES,
-            (
-                TrainedSettings(dataset="digits", network="small", width=1.0, images=128),
-                TrainedSettings(),
-                TrainedSettings(network="vgg16", width=1.0, epochs=20),
-            ),
-            strict=True,
-        )
-    ),
+    sizes={
+        "smoke": TrainedSettings(dataset="digits", network="small", width=1.0, images=128),
+        "small": TrainedSettings(),
+        "paper": TrainedSettings(network="vgg16", width=1.0, epochs=20),
+    },
     run=run,
     present=present,
     code=("inspect", *CODE, "lab/experiments/correlation.py"),

@@ -20,7 +20,7 @@ from netdeconv.lab.experiments.comparison import (
     line,
     percent,
 )
-from netdeconv.lab.experiments.experiment import SIZES, Experiment, Picture, Presentation
+from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation
 from netdeconv.lab.norms import NORMS
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.report import Table
@@ -181,13 +181,11 @@ EXPERIMENT = Experiment(
     name="demo",
     claim="Network deconvolution needs fewer epochs than batch normalisation.",
     source="abstract",
-    sizes=dict(
-        zip(
-            SIZES,
-            (DemoSettings(epochs=2, seeds=1, rates=(0.1, 0.3)), DemoSettings(), DemoSettings(epochs=20, seeds=5)),
-            strict=True,
-        )
-    ),
+    sizes={
+        "smoke": DemoSettings(epochs=2, seeds=1, rates=(0.1, 0.3)),
+        "small": DemoSettings(),
+        "paper": DemoSettings(epochs=20, seeds=5),
+    },
     run=run,
     present=present,
     code=("lab/experiments/demo.py", *CODE),

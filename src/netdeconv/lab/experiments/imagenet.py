@@ -9,7 +9,7 @@ from typing import Any
 
 from netdeconv.lab.data.generated import write_image_folder
 from netdeconv.lab.experiments.by_recipe import GENERATED, Measure, compared, folder_of, present_compared
-from netdeconv.lab.experiments.experiment import SIZES, Experiment, Presentation
+from netdeconv.lab.experiments.experiment import Experiment, Presentation
 from netdeconv.lab.norms import NORMS
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.published import IMAGENET, PAPER, STUDY
@@ -78,17 +78,11 @@ EXPERIMENT = Experiment(
     name="imagenet",
     claim="On ImageNet network deconvolution is more accurate than batch normalisation.",
     source="table 2",
-    sizes=dict(
-        zip(
-            SIZES,
-            (
-                ImageNetSettings(data=GENERATED, bn_rates=(0.1,), batch_size=8, image_size=32),
-                ImageNetSettings(),
-                ImageNetSettings(data="imagenet", bn_rates=(0.1,), epochs=90, image_size=224, workers=8),
-            ),
-            strict=True,
-        )
-    ),
+    sizes={
+        "smoke": ImageNetSettings(data=GENERATED, bn_rates=(0.1,), batch_size=8, image_size=32),
+        "small": ImageNetSettings(),
+        "paper": ImageNetSettings(data="imagenet", bn_rates=(0.1,), epochs=90, image_size=224, workers=8),
+    },
     run=run,
     present=present,
     code=("lab/experiments/imagenet.py", "lab/experiments/by_recipe.py", *RECIPE_CODE),

@@ -11,7 +11,7 @@ from netdeconv import WhitenedConv2d, WhiteningConfig, calibrate
 from netdeconv.inspect import LayerView, Responses, inspect_layers
 from netdeconv.lab.data import photographs
 from netdeconv.lab.experiments.comparison import METHODS
-from netdeconv.lab.experiments.experiment import SIZES, Experiment
+from netdeconv.lab.experiments.experiment import Experiment
 from netdeconv.lab.experiments.sparsity_report import present
 from netdeconv.lab.experiments.trained import CODE, TrainedSettings, trained
 from netdeconv.lab.options import option
@@ -83,17 +83,11 @@ EXPERIMENT = Experiment(
     name="sparsity",
     claim="Whitened responses are sparse: most near zero, few of them large.",
     source="abstract and section 3",
-    sizes=dict(
-        zip(
-            SIZES,
-            (
-                SparsitySettings(dataset="digits", network="small", width=1.0, images=128, kernel_sizes=(3,)),
-                SparsitySettings(),
-                SparsitySettings(network="vgg16", width=1.0, epochs=20),
-            ),
-            strict=True,
-        )
-    ),
+    sizes={
+        "smoke": SparsitySettings(dataset="digits", network="small", width=1.0, images=128, kernel_sizes=(3,)),
+        "small": SparsitySettings(),
+        "paper": SparsitySettings(network="vgg16", width=1.0, epochs=20),
+    },
     run=run,
     present=present,
     code=("inspect", *CODE, "lab/experiments/sparsity.py"),

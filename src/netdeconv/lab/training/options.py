@@ -44,18 +44,16 @@ DATA_OPTIONS: dict[str, tuple[str, ...]] = {
 _WIDTH, _INDENT = 112, 26  # of help
 _SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}}
 
-_USAGE = {
-    "fit": "netdeconv fit --config RECIPE [options]\n"
-    "e.g.:  netdeconv fit --config cifar10-20-epochs --network resnet18 --width 0.5 --norm bn --optimizer.lr 0.03",
-    "validate": "netdeconv validate RUN|CHECKPOINT [options]",
-    "test": "netdeconv test RUN|CHECKPOINT [options]",
-}
-_ABOUT = {
-    "fit": "Train a network. The same command goes on where it was stopped.",
-    "validate": "Evaluate a trained network on the validation part of its data: the best checkpoint of a run folder, "
-    "or the one named.",
-    "test": "Evaluate a trained network on the test part of its data: the best checkpoint of a run folder, or the one "
-    "named.",
+_OF_RUN = "Evaluate a trained network on its {} images: the best checkpoint of a run folder, or the checkpoint named."
+# How each command is called, and what it does.
+_COMMANDS = {
+    "fit": (
+        "--config RECIPE [options]\n"
+        "e.g.:  netdeconv fit --config cifar10-20-epochs --network resnet18 --width 0.5 --norm bn --optimizer.lr 0.03",
+        "Train a network. The same command goes on where it was stopped.",
+    ),
+    "validate": ("RUN|CHECKPOINT [options]", _OF_RUN.format("validation")),
+    "test": ("RUN|CHECKPOINT [options]", _OF_RUN.format("test")),
 }
 _TRAINER = (
     "of Lightning's Trainer, e.g. --trainer.max_epochs N, --trainer.accelerator cpu, --trainer.precision bf16-mixed, "
@@ -127,10 +125,11 @@ def settings_parser(command: str, trainer: type | None = None) -> ArgumentParser
         trainer: Lightning's class, whose arguments are options as well. Without it, as it takes seconds to load, what
             follows ``--trainer.`` is not checked.
     """
+    usage, description = _COMMANDS[command]
     parser = ArgumentParser(
         prog=f"netdeconv {command}",
-        usage=_USAGE[command],
-        description=_ABOUT[command],
+        usage=f"netdeconv {command} {usage}",
+        description=description,
         formatter_class=_Wide,
         exit_on_error=False,
         allow_abbrev=False,
