@@ -150,6 +150,16 @@ def presented(*runs: tuple[str, float, float]) -> Presentation:
     return present_compared(result, Measure("validation/miou", "mIoU"), note="", name="x")
 
 
+def test_results_of_the_version_before_are_shown_as_well() -> None:
+    rows = [{"epoch": 1.0, "train/loss": 2.0}]
+    rows.append({"epoch": 2.0, "train/loss": 1.0, "validation/loss": 2.0, "validation/miou": 0.25})
+    runs = [{"norm": norm, "rate": 0.1, "seed": 0, "epochs": rows} for norm in ("bn", "nd")]
+    before = present_compared({"runs": runs}, Measure("validation/miou", "mIoU"), note="", name="x")
+    assert before.tables[0] == presented(("bn", 0.1, 0.25), ("nd", 0.1, 0.25)).tables[0]
+    before.figures[0].draw(figure := Figure())
+    assert [list(line.get_xdata()) for line in figure.axes[1].lines] == [[2], [2]]
+
+
 def test_seeds_are_averaged_and_divergence_is_shown() -> None:
     found = presented(("bn", 0.1, 0.2), ("bn", 0.1, 0.3), ("nd", 0.1, 0.0))
     assert [list(row[3:]) for row in found.tables[0].rows] == [

@@ -41,7 +41,9 @@ def test_help_lists_what_there_is(argv: list[str], capsys: pytest.CaptureFixture
         ([], "required: COMMAND"),
         (["dmeo"], "invalid choice: 'dmeo'"),
         (["demo", "--epochs", "ten"], "argument --epochs: invalid int value: 'ten'"),
-        (["demo", "--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (["demo", "--epoch", "3"], "unrecognized arguments: --epoch 3. The nearest name is --epochs"),
+        (["bench", "step", "--wdith=2"], "unrecognized arguments: --wdith=2. The nearest name is --width"),
+        (["reproduce", "mlp", "--seed=2"], "unrecognized arguments: --seed=2. The nearest name is --seeds"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,8 @@
-"""Command line options for settings that are kept in a dataclass; light, for the parser loads it at once."""
+"""Options of benchmarks and experiments from the fields of a dataclass, whose help is light.
+
+By argparse: their lists are several words behind one option, their switches take no value, and their names have dashes,
+all of which jsonargparse's options of classes have otherwise.
+"""
 
 from __future__ import annotations
 

@@ -115,10 +115,18 @@ def present_compared(
         name: of the picture's file.
         published: tables to show beside.
     """
-    runs = grouped(result["runs"], lambda run: run["norm"])
+    runs = grouped(map(_with_curves, result["runs"]), lambda run: run["norm"])
     caption = f"Training loss and {measure.title} by epoch, mean over the seeds, from the worst to the best of them."
     figure = Picture(f"{name}-curves", caption, lambda figure: _draw(figure, runs, measure))
     return Presentation([_table(runs, measure, note), *published], [figure])
+
+
+def _with_curves(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A run; those of version 0.1 have a row for every epoch in the place of curves."""
+    if "curves" in run:
+        return run
+    names = [name for name in run["epochs"][-1] if "/" in name]
+    return {**run, "curves": {name: [row.get(name) for row in run["epochs"]] for name in names}}
 
 
 def _table(runs: Mapping[str, Sequence[Mapping[str, Any]]], measure: Measure, note: str) -> Table:

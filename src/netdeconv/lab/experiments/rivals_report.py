@@ -106,4 +106,5 @@ def _draw(figure: Figure, runs: Runs, times: Mapping[str, Any]) -> None:
         tidy(axes)
     panels[0].set_ylabel("test accuracy, %")
     shown = {label: drawn for axes in panels for drawn, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    ncols = min(4, 2 * len(times))
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=ncols, fontsize=8, frameon=False)
