@@ -27,9 +27,11 @@ def write_page(path: Path, found: Sequence[Outcome]) -> None:
         page.heading(experiment.name, anchor=experiment.name)
         page.paragraph(f"Claim ({experiment.source}): {experiment.claim}")
         for table in outcome.presentation.tables:
-            page.heading(table.title, level=3)
+            if table.title:
+                page.heading(table.title, level=3)
             page.table(table)
-            page.paragraph(table.note, soft=True)
+            if table.note:
+                page.paragraph(table.note, soft=True)
         for picture in outcome.presentation.figures:
             content = (outcome.folder / f"{picture.name}.png").read_bytes()
             page.picture(content, alt=picture.caption, caption=picture.caption)
