@@ -93,7 +93,7 @@ def test_finished_runs_are_not_repeated(root: Path, tmp_path: Path, monkeypatch:
     assert json.loads((tmp_path / "cifar" / "result.json").read_text())["result"] == first["result"]
 
 
-DONE = {"steps": 3, "seconds_per_step": 0.25, "parameters": 10, "diverged": False}
+DONE = {"steps": 3, "seconds_per_step": 0.25, "parameters": 10}
 PLAIN = {"dataset": "cifar10", "network": "vgg11", "width": 0.03, "norm": "bn", "rate": 0.1}
 
 

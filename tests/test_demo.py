@@ -156,12 +156,12 @@ def test_batches_cover_everything_in_a_new_order() -> None:
 
 def run_of(norm: str, rate: float, seed: int, chosen_by: float, loss: float | None, test: list[float]) -> dict:
     curves = {
-        "train/loss": test, "test/loss": test, "test/accuracy": test,
+        "train/loss": [loss, *test[1:]], "test/loss": test, "test/accuracy": test,
         "validation/accuracy": [chosen_by], "validation/loss": [loss],
     }  # fmt: skip
     about = {"norm": norm, "rate": rate, "seed": seed, "epochs": len(test), "batch_size": 64, "momentum": 0.9}
     numbers = {"parameters": 10, "seconds_per_step": 0.001, "seconds_per_late_step": 0.002, "fresh_accuracy": 0.5}
-    return {**about, **numbers, "weight_decay": 0.0, "diverged": loss is None, "curves": curves}
+    return {**about, **numbers, "weight_decay": 0.0, "curves": curves}
 
 
 def test_the_rate_is_chosen_on_validation_and_ties_go_to_the_lower_loss() -> None:

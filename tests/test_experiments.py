@@ -214,7 +214,7 @@ def test_trials_of_other_processes_come_last_and_are_published(tmp_path: Path, m
         return record(2)
 
     def record(by: int) -> Record:
-        return Record(curves={}, steps=by, parameters=0, diverged=False)
+        return Record(curves={}, steps=by, parameters=0)
 
     elsewhere = Workspace(tmp_path, code=(), progress=Progress(show=False))
     other = FileLock(workspace.path(plan[0].name, plan[0].settings(), "lock"))

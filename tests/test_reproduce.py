@@ -147,9 +147,11 @@ def test_a_part_belongs_to_one_process_until_it_ends(tmp_path: Path) -> None:
     )
     workspace = Workspace(tmp_path, code=(), progress=Progress(show=False))
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None and other.stdout.readline() == "mine\n"
-        assert workspace.part_if_free("part", {}, lambda: {"by": "us"}) is None
-        other.kill()
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "mine\n"
+            assert workspace.part_if_free("part", {}, lambda: {"by": "us"}) is None
+        finally:
+            other.kill()
     assert workspace.part("part", {}, lambda: {"by": "us"}) == {"by": "us"}
     assert not list(tmp_path.rglob("*.lock"))
 

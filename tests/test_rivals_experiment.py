@@ -59,7 +59,7 @@ def test_best_rates_get_seeds_and_the_same_seconds(
         last = {("bn", 0.1): 0.5, ("bn", 0.03): 0.6, ("nd", 0.1): 0.7, ("nd", 0.03): 0.5, ("bn", 0.01): 0.4}
         accuracy = last[one.norm, one.rate] + one.seed / 10 - (one.epochs != 2 or one.steps != 10) / 100
         curves = {"test/accuracy": [0.1] * (one.epochs - 1) + [accuracy], "train/loss": [1.0] * one.epochs}
-        return Record(steps=one.epochs * (one.steps or 0), curves=curves, parameters=1, diverged=False)
+        return Record(steps=one.epochs * (one.steps or 0), curves=curves, parameters=1)
 
     monkeypatch.setattr(train, "train", at_once)
     monkeypatch.setattr(rivals, "_times", lambda *_: TIMES)

@@ -6,7 +6,6 @@ import contextlib
 import csv
 import dataclasses
 import io
-import math
 import os
 import statistics
 import sys
@@ -104,7 +103,6 @@ class Record:
             not measured.
         steps: training steps.
         parameters: of the network.
-        diverged: a training loss was not finite.
         seconds_per_step: median over the steps: forward, backward, optimiser and Lightning's work around them.
         seconds_per_late_step: mean over the second half of the steps, rare expensive ones included.
         fresh_accuracy: test accuracy after the first epoch, the running statistics computed anew from all training
@@ -114,7 +112,6 @@ class Record:
     curves: dict[str, list[float]]
     steps: int
     parameters: int
-    diverged: bool
     seconds_per_step: float | None = None
     seconds_per_late_step: float | None = None
     fresh_accuracy: float | None = None
@@ -227,7 +224,6 @@ def train(training: Training, workspace: Workspace, data: DataSets, *, weights: 
         curves=recorder.curves,
         steps=len(seconds),
         parameters=sum(p.numel() for p in net.parameters()),
-        diverged=_diverged(recorder.curves),
         seconds_per_step=statistics.median(seconds),
         seconds_per_late_step=statistics.fmean(seconds[len(seconds) // 2 :]),
         fresh_accuracy=recorder.fresh_accuracy,
@@ -259,16 +255,7 @@ def _train_by_recipe(training: Training, workspace: Workspace) -> Record:
         rows = list(csv.DictReader(file))
     curves = {name: [float(row[name] or "nan") for row in rows] for name in rows[0] if "/" in name}
     about: Mapping[str, Any] = read_json(folder / "run.json")
-    return Record(
-        curves=curves,
-        steps=int(rows[-1]["step"]),
-        parameters=about["parameters"],
-        diverged=_diverged(curves),
-    )
-
-
-def _diverged(curves: Mapping[str, Sequence[float]]) -> bool:
-    return not all(map(math.isfinite, curves["train/loss"]))
+    return Record(curves=curves, steps=int(rows[-1]["step"]), parameters=about["parameters"])
 
 
 def run_trainings(

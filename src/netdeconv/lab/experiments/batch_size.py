@@ -114,7 +114,7 @@ def _draw(figure: Figure, cases: Cases) -> None:
 
 EXPERIMENT = Experiment(
     name="batch-size",
-    claim="Network deconvolution bears small and large batches as well as batch normalisation does.",
+    claim="Network deconvolution works with small and large batches as well as batch normalisation does.",
     source="not in the paper's tables",
     sizes={
         "smoke": BatchSizeSettings(dataset="digits", width=0.0625, batch_sizes=(16, 64), images=192, rates=(0.03,)),

@@ -146,7 +146,7 @@ def _rates_table(runs: Runs, chosen: Runs) -> Table:
         [
             f"{METHODS[norm]}, {rate:g}",
             *(accuracy_cell(same, logged) for logged in (_CHOICE, "test/accuracy")),
-            str(sum(run["diverged"] for run in same)),
+            str(sum(None in run["curves"]["train/loss"] for run in same)),
             "chosen" if rate == chosen[norm][0]["rate"] else "",
         ]
         for norm in METHODS
