@@ -236,7 +236,7 @@ NORMS = {
     ),
     "dbp": Norm(
         text="decorrelated backpropagation: a learned matrix in front of every layer; batch norms stay",
-        label="BatchNorm and DBP",
+        label="BatchNorm + DBP",
         line=("#6A3D9A", ">", "-."),
         make=_decorrelated,
     ),
@@ -248,7 +248,7 @@ NORMS = {
     ),
     "gn+ws": Norm(
         text="group normalisation, and convolutions with standardised weights",
-        label="GroupNorm, standardised weights",
+        label="GroupNorm + WS",
         line=("#01665E", "d", "-."),
         make=_standardised,
     ),
