@@ -131,9 +131,9 @@ def test_the_published_linear_layer_has_neighbouring_features_in_a_block() -> No
 @pytest.mark.parametrize(
     ("channels", "window", "groups", "size", "published"),
     [
-        (20, SQUARE, 1, 20, 20), (64, SQUARE, 1, 32, 64), (511, SQUARE, 1, 32, 1), (512, SQUARE, 1, 16, 64),
+        (20, SQUARE, 1, 20, 20), (64, SQUARE, 1, 64, 64), (511, SQUARE, 1, 64, 1), (512, SQUARE, 1, 16, 64),
         (768, THREE, 1, 16, 64), (512, PIXEL, 1, 32, 64), (512, LINEAR, 1, 512, 512), (1280, LINEAR, 1, 512, 256),
-        (1024, SQUARE, 2, 16, 512), (512, SQUARE, 2, 32, 256), (512, SQUARE, 512, 1, 1), (1024, PIXEL, 2, 32, 512),
+        (1024, SQUARE, 2, 16, 512), (512, SQUARE, 2, 64, 256), (512, SQUARE, 512, 1, 1), (1024, PIXEL, 2, 32, 512),
     ],
 )  # fmt: skip
 def test_without_a_size_wide_layers_of_several_taps_have_smaller_blocks(

@@ -271,7 +271,7 @@ def test_the_kind_of_a_convolution_is_that_of_kernel_and_groups() -> None:
 @pytest.mark.parametrize(
     ("kind", "channels", "grouping", "size"),
     [
-        *((kind, channels, "contiguous", 32) for kind in ("dense", "grouped") for channels in (3, 64, 511)),
+        *((kind, channels, "contiguous", 64) for kind in ("dense", "grouped") for channels in (3, 64, 511)),
         *((kind, channels, "contiguous", 16) for kind in ("dense", "grouped") for channels in (512, 2048)),
         *((kind, 2048, "contiguous", 32) for kind in ("1x1", "depthwise", "channels")),
         *((kind, 2048, "interleaved", 64) for kind in KINDS if kind != "linear"),
@@ -282,6 +282,15 @@ def test_the_kind_of_a_convolution_is_that_of_kernel_and_groups() -> None:
 def test_the_size_of_a_block_by_kind(kind: str, channels: int, grouping: str, size: int) -> None:
     assert WhiteningConfig(grouping=grouping).resolved(kind, channels).block_size == size
     assert WhiteningConfig(grouping=grouping, block_size=7).resolved(kind, channels).block_size == 7
+
+
+@pytest.mark.parametrize(("channels", "steps"), [(3, 3), (63, 3), (64, 4), (512, 4)])
+@pytest.mark.parametrize("kind", ["dense", "grouped"])
+def test_kernels_that_mix_many_channels_take_a_step_more(kind: str, channels: int, steps: int) -> None:
+    assert WhiteningConfig().resolved(kind, channels, 9).num_iters == steps
+    assert WhiteningConfig(num_iters=2).resolved(kind, channels, 9).num_iters == 2
+    assert WhiteningConfig().resolved("1x1", channels).num_iters == 1
+
 
 
 def test_what_is_set_holds_for_every_kind() -> None:

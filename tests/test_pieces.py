@@ -51,40 +51,39 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 # ---------------------------------------------------------------------------------------------------------- the bound
 
-# Channels, kernel, groups, and the parts they had before there was a bound.
+# Channels, kernel, groups, block size, and the parts, which are those of the kind of layer.
 ORDINARY = [
-    (3, (7, 7), 1, ((1, 147),)),
-    (3, (11, 11), 1, ((1, 363),)),
-    (3, (16, 16), 1, ((1, 768),)),
-    (3, (4, 4), 1, ((1, 48),)),
-    (64, (3, 3), 1, ((2, 288),)),
-    (80, (3, 3), 1, ((2, 288), (1, 144))),
-    (512, (3, 3), 1, ((32, 144),)),
-    (2048, (3, 3), 1, ((128, 144),)),
-    (128, (5, 5), 1, ((4, 800),)),
-    (512, (5, 5), 1, ((32, 400),)),
-    (512, (2, 2), 1, ((32, 64),)),
-    (96, (3, 3, 3), 1, ((3, 864),)),
-    (1536, (7, 7), 1536, ((1, 49),)),
-    (2304, (5, 5), 2304, ((1, 25),)),
-    (4096, (3, 3), 4096, ((1, 9),)),
-    (1024, (3, 3), 32, ((1, 288),)),
-    (2048, (1, 1), 1, ((64, 32),)),
-    (768, (16,), 1, ((48, 256),)),
+    (3, (7, 7), 1, 64, ((1, 147),)),
+    (3, (11, 11), 1, 64, ((1, 363),)),
+    (3, (16, 16), 1, 64, ((1, 768),)),
+    (3, (4, 4), 1, 64, ((1, 48),)),
+    (64, (3, 3), 1, 64, ((1, 576),)),
+    (80, (3, 3), 1, 64, ((1, 576), (1, 144))),
+    (512, (3, 3), 1, 16, ((32, 144),)),
+    (2048, (3, 3), 1, 16, ((128, 144),)),
+    (512, (5, 5), 1, 16, ((32, 400),)),
+    (512, (2, 2), 1, 16, ((32, 64),)),
+    (1536, (7, 7), 1536, 32, ((1, 49),)),
+    (2304, (5, 5), 2304, 32, ((1, 25),)),
+    (4096, (3, 3), 4096, 32, ((1, 9),)),
+    (1024, (3, 3), 32, 64, ((1, 288),)),
+    (2048, (1, 1), 1, 32, ((64, 32),)),
+    (768, (16,), 1, 16, ((48, 256),)),
 ]
 
 
-@pytest.mark.parametrize(("channels", "kernel", "groups", "parts"), ORDINARY)
+@pytest.mark.parametrize(("channels", "kernel", "groups", "size", "parts"), ORDINARY)
 def test_ordinary_kernels_are_cut_as_if_there_were_no_bound(
-    channels: int, kernel: tuple[int, ...], groups: int, parts: tuple[tuple[int, int], ...]
+    channels: int, kernel: tuple[int, ...], groups: int, size: int, parts: tuple[tuple[int, int], ...]
 ) -> None:
     found = Estimator(channels, window(*kernel), groups, WhiteningConfig())
-    size = 16 if channels // groups >= 512 and math.prod(kernel) > 1 else 32
     assert (found.config.block_size, found.blocks.piece, found.blocks.parts) == (size, None, parts)
 
 
 LARGE = [
     # As few blocks of whole channels as fit, as equal as they come.
+    (128, (5, 5), 1, None, ((4, 800),)),
+    (96, (3, 3, 3), 1, None, ((3, 864),)),
     (64, (5, 5, 5), 1, None, ((8, 1000),)),
     (65, (7, 7), 1, None, ((3, 833), (1, 686))),
     (3, (32, 32), 1, None, ((3, 1024),)),

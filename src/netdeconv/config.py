@@ -22,7 +22,7 @@ GROUPINGS = ("contiguous", "interleaved")
 SAMPLINGS = ("tiles", "spread", "corner")
 
 # What a setting is where it is None, by the kind of layer. The number of Newton-Schulz steps is how hard is whitened:
-# the fewer inputs a layer mixes, the less it takes.
+# the fewer inputs a layer mixes, the less it takes. See `_STEPS_OF_MANY` for layers of many channels.
 _LAYER = {"num_iters": 3, "scale": True, "update_every": 16, "differentiable": False, "average": "covariance"}
 KINDS: dict[str, dict[str, Any]] = {
     "dense": _LAYER,
@@ -33,9 +33,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "channels": {**_LAYER, "num_iters": 5},
 }
 
+# Kernels that mix channels and positions, of so many channels in a group or more, take a step more.
+_STEPS_OF_MANY, _MANY = 4, 64
+
 # Channels of a block. Folding takes 4 operations for every weight and feature of a block; in wide layers, which have
 # most of a network's weights, that is most of what whitening costs.
-_BLOCK, _BLOCK_OF_WIDE, _WIDE, _LINEAR_BLOCK, _PUBLISHED_BLOCK = 32, 16, 512, 512, 64
+_BLOCK, _BLOCK_OF_POINTS, _BLOCK_OF_WIDE, _WIDE, _LINEAR_BLOCK, _PUBLISHED_BLOCK = 64, 32, 16, 512, 512, 64
+_MIXING = ("dense", "grouped")
 
 
 def _known_settings_only(kind: type[_Settings]) -> type[_Settings]:
@@ -67,8 +71,8 @@ class WhiteningConfig:
     Args:
         block_size: channels whitened together. A layer with more channels is cut into blocks that share one root; when
             the block size does not divide the channels the last block is smaller and has its own. ``None`` is 512
-            in linear layers, 32 in convolutions, and 16 where they are neither 1x1 nor depthwise and a group has
-            512 channels or more, but fewer where kernels are so large that a block would have more than 1024 features
+            in linear layers, 32 in 1x1 and depthwise convolutions, 64 in others, and 16 in those whose groups have 512
+            channels or more, but fewer where kernels are so large that a block would have more than 1024 features
             (channels times taps), or the roots of all groups more than 2**24 entries, 64 MiB; with
             ``grouping="interleaved"`` it is 64 in convolutions, as published. Whatever is asked for, contiguous blocks
             are pieces of one channel, whole rows of the kernel, where its taps alone are more than that.
@@ -78,9 +82,10 @@ class WhiteningConfig:
             when the block size does not divide the channels.
         eps: added to the diagonal of the covariance, in squared units of the layer's input, or of its standard
             deviation with ``scale``, where it is also the smallest variance that a channel is divided by.
-        num_iters: Newton-Schulz steps: how hard is whitened. ``None`` is 3, but 1 in 1x1 and in depthwise convolutions
-            and 5 in :class:`netdeconv.ChannelWhitening`. 5, the published number, caps the gain at 1.5**5 = 7.6 and
-            does not whiten fully; 15 comes close. The solver ``"eigh"`` is exact and does not look at it.
+        num_iters: Newton-Schulz steps: how hard is whitened. ``None`` is 3, but 1 in 1x1 and in depthwise convolutions,
+            4 in others whose groups have 64 channels or more, and 5 in :class:`netdeconv.ChannelWhitening`. 5, the
+            published number, caps the gain at 1.5**5 = 7.6 and does not whiten fully; 15 comes close. The solver
+            ``"eigh"`` is exact and does not look at it.
         solver: how the inverse square root is computed, see :func:`netdeconv.functional.inverse_sqrt`.
         momentum: share of the running values that one training step replaces, as in batch normalisation, and one
             refresh of an averaged covariance. Of averaged roots, one after k steps counts as ``(k + 1) / 2`` of
@@ -221,6 +226,8 @@ class WhiteningConfig:
             groups: convolution groups.
         """
         by_kind = {**KINDS[kind], "block_size": self._block_size(kind, channels, taps, groups)}
+        if kind in _MIXING and channels >= _MANY:
+            by_kind["num_iters"] = _STEPS_OF_MANY
         if self.differentiable:
             by_kind["average"] = "root"
         if self.average == "covariance":
@@ -234,7 +241,7 @@ class WhiteningConfig:
             return _LINEAR_BLOCK
         if self.grouping == "interleaved":
             return _PUBLISHED_BLOCK
-        wanted = _BLOCK_OF_WIDE if kind in ("dense", "grouped") and channels >= _WIDE else _BLOCK
+        wanted = _BLOCK_OF_POINTS if kind not in _MIXING else _BLOCK_OF_WIDE if channels >= _WIDE else _BLOCK
         fitting = neighbours_together(channels, wanted, taps, groups)
         return wanted if fitting == min(wanted, channels) else fitting
 

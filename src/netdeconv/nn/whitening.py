@@ -206,7 +206,7 @@ class Whitening(BatchStatistics):
         if not (all_finite((mean, root), look=True) and what_varies(var, pooled(mean, len(var)), self.config.eps)[0]):
             return False
         largest, features = float(var.max()) + self.config.eps, len(var)
-        return features * numbers.tiny**0.5 < largest < numbers.max**0.5 / features  # squares of it are in range
+        return bool(features * numbers.tiny**0.5 < largest < numbers.max**0.5 / features)  # squares are in range
 
     def look_through(self, window: Window) -> None:
         """Look at the input through another window of the same size from now on."""
