@@ -19,12 +19,13 @@ from netdeconv import ConfigError
 from netdeconv.cli import main
 from netdeconv.lab.benchmark.contestants import Training, kinds
 from netdeconv.lab.benchmark.settings import MemorySettings
-from netdeconv.lab.experiments import rivals, trials
+from netdeconv.lab.experiments import results, rivals, trials
 from netdeconv.lab.experiments.rivals import RivalsSettings, planned
 from netdeconv.lab.experiments.rivals_report import present
 from netdeconv.lab.experiments.trials import Trial
 from netdeconv.lab.methods import Method
 from netdeconv.lab.optimizers import MuonAndAdamW, make_optimizer
+from netdeconv.lab.store import write_json
 
 SMALL = RivalsSettings(
     networks=("vgg11@0.0625",), dataset="digits", methods=("bn", "nd", "bn/muon"), rates=(0.1, 0.03),
@@ -60,7 +61,9 @@ def test_best_rates_get_seeds_and_the_same_seconds(
         curves = {"test/accuracy": [0.1] * (trial.epochs - 1) + [accuracy], "train/loss": [1.0] * trial.epochs}
         return {"steps": trial.epochs * (trial.steps or 0), "seconds_per_step": 9.0, "curves": curves}
 
+    published: list[dict[str, Any]] = []
     monkeypatch.setattr(trials, "train", train)
+    monkeypatch.setattr(results, "write_json", lambda path, one: (published.append(one), write_json(path, one)))
     monkeypatch.setattr(rivals, "_times", lambda *_: TIMES)
     monkeypatch.setitem(rivals.EXPERIMENT.sizes, "smoke", SMALL)  # type: ignore[index]
     assert main(["reproduce", "rivals", "--size", "smoke", "--out", str(tmp_path), "--quiet"]) == 0
@@ -77,6 +80,11 @@ def test_best_rates_get_seeds_and_the_same_seconds(
         ["ND", "0.1", "75.0 ± 7.1 %", "2.00 (2.00 to 2.00)", "74.0 ± 7.1 %", "70.0 (0.1), 50.0 (0.03)"],
         ["BatchNorm, Muon", "0.01", "45.0 ± 7.1 %", "0.50 (0.50 to 0.50)", "44.0 ± 7.1 %", "40.0 (0.01)"],
     ]
+    marks = [run["same_seconds"] for run in result["runs"]]
+    assert marks == [False] * 8 + [True] * 4 and result["times"] == {"vgg11@0.0625": TIMES}
+    assert [[run["same_seconds"] for run in record["result"]["runs"]] for record in published[-3:]] == [
+        marks[:-1], marks, marks
+    ]  # fmt: skip
     assert "after the same seconds: ND is ahead with 74.0 %" in " ".join(capsys.readouterr().out.split())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from netdeconv.lab.benchmark import step
@@ -84,11 +84,16 @@ def run(settings: RivalsSettings, workspace: Workspace) -> Mapping[str, Any]:
     first = list(planned(settings))
     methods = len(settings.networks) * len(settings.methods)
     same_seconds = methods - len(settings.networks)  # the first has its own seconds
-    count = len(first) + (settings.seeds - 1) * methods + settings.seeds * same_seconds
-    workspace.progress.expect(len(settings.networks) + count)
+    whole = len(first) + (settings.seeds - 1) * methods
+    workspace.progress.expect(len(settings.networks) + whole + settings.seeds * same_seconds)
     times = {network: _times(settings, network, workspace) for network in settings.networks}
+
+    def with_times(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        marked = [{**entry, "same_seconds": number >= whole} for number, entry in enumerate(entries)]
+        return {"times": times, "runs": marked}
+
     publish = workspace.publish
-    workspace.publish = lambda result: publish({"times": times, **result})
+    workspace.publish = lambda result: publish(with_times(result["runs"]))
     runs = run_trials(first, workspace)
     best = [_best(first, runs, network, method) for network in settings.networks for method in settings.methods]
     more = [dataclasses.replace(trial, seed=seed) for seed in range(1, settings.seeds) for trial in best]
@@ -100,8 +105,7 @@ def run(settings: RivalsSettings, workspace: Workspace) -> Mapping[str, Any]:
         for trial in best
         if (trial.norm, trial.optimizer) != Method.named(settings.methods[0])
     ]
-    marked = [{**entry, "same_seconds": True} for entry in run_trials(slower, workspace, before=runs)]
-    return {"times": times, "runs": [*runs, *marked]}
+    return with_times([*runs, *run_trials(slower, workspace, before=runs)])
 
 
 def _best(first: list[Trial], runs: list[dict[str, Any]], network: str, method: str) -> Trial:

@@ -104,7 +104,8 @@ def _title(network: str) -> str:
 def _draw(figure: Figure, runs: Runs, times: Mapping[str, Any]) -> None:
     from netdeconv.lab.plots import tidy
 
-    figure.set_size_inches(4.2 * len(times), 4.6)
+    width = max(6.0, 4.0 * len(times))
+    figure.set_size_inches(width, 4.6)
     panels = figure.subplots(1, len(times), squeeze=False)[0]
     for axes, (network, time) in zip(panels, times.items(), strict=True):
         for method, mine in _methods(runs, network).items():
@@ -120,4 +121,4 @@ def _draw(figure: Figure, runs: Runs, times: Mapping[str, Any]) -> None:
         tidy(axes)
     panels[0].set_ylabel("test accuracy, %")
     shown = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=int(width / 2), fontsize=8, frameon=False)
