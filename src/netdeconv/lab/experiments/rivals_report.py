@@ -36,7 +36,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
         for what, of in (("the same steps", _same_steps), ("the same seconds", _same_seconds)):
             means = [(statistics.fmean(accuracies(best)), _label(network, method)) for method, mine in found.items()
                      if (best := of(mine, time, method))]  # fmt: skip
-            if means:
+            if len(means) > 1:
                 accuracy, label = max(means)
                 ahead.append(f"{_title(network)}, after {what}: {label} is ahead with {accuracy:.1f} %.")
     first = runs[0]
@@ -121,4 +121,5 @@ def _draw(figure: Figure, runs: Runs, times: Mapping[str, Any]) -> None:
         tidy(axes)
     panels[0].set_ylabel("test accuracy, %")
     shown = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=int(width / 2), fontsize=8, frameon=False)
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": int(width / 2)}
+    figure.legend(shown.values(), shown.keys(), **place, fontsize=8, frameon=False)
