@@ -24,7 +24,7 @@ COVERED := functional nn
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-training test-processors lint format gpu clean distclean FORCE
+.PHONY: help demo test test-training test-processors lint format docs gpu clean distclean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -54,12 +54,16 @@ lint: $(VENV)/.installed-dev ## ruff and mypy
 format: $(VENV)/.installed-dev ## sort imports and mend what ruff can mend
 	$(BIN)/ruff check --fix .
 
+# The variable silences the theme's advertisement of its successor.
+docs: $(VENV)/.installed-docs ## build the documentation into site/, every warning an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
 # Not in .venv: a machine with a GPU is often a bare one, which has torch and no network; see tools/gpu_run.py.
 gpu: ## on a machine with a GPU: tests, benchmarks, trainings within BUDGET seconds (OUT=DIR DATA=DIR STAGES=tests,bench,cifar,fit)
 	$(PYTHON) tools/gpu_run.py --budget $(BUDGET) --out $(OUT) --stages $(STAGES) --processes $(PROCESSES) $(if $(DATA),--data $(DATA))
 
 clean: ## remove caches, coverage and build artefacts (runs/ and .venv stay)
-	rm -rf build dist htmlcov .coverage .coverage.* .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf build dist site htmlcov .coverage .coverage.* .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove the environment too
@@ -75,6 +79,11 @@ $(VENV)/.installed-dev: pyproject.toml $(VENV)/.created
 $(VENV)/.installed-lab: pyproject.toml $(VENV)/.created
 	@echo "Installing netdeconv[lab] into $(VENV) (PyTorch is large: minutes on first use, nothing later) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lab]'
+	@touch $@
+
+$(VENV)/.installed-docs: pyproject.toml $(VENV)/.created
+	@echo "Installing netdeconv[docs] into $(VENV) (PyTorch is large: minutes on first use, nothing later) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	@touch $@
 
 # An environment is bound to its folder (scripts and the editable install name it) and to its interpreter:

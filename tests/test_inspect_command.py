@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from netdeconv import WhitenedConv2d, WhiteningConfig, calibrate, convert
 from netdeconv.cli import main
 from netdeconv.lab.inspect_command import _cuts
+from netdeconv.lab.inspect_cost import step_cost
 from netdeconv.lab.inspect_report import whitening_filters_of
 from netdeconv.lab.networks import network
 
@@ -90,12 +92,50 @@ def test_networks_by_name_have_the_statistics_of_the_images(
 
 
 def test_cuts_of_photographs_are_standardised_squares() -> None:
-    photos = torch.rand(2, 3, 40, 50, generator=torch.Generator().manual_seed(0))
+    drawn = torch.Generator().manual_seed(0)
+    photos = [torch.rand(3, 40, width, generator=drawn) for width in (50, 16)]
     cuts = _cuts(photos, 16, 400)
     assert cuts.shape == (400, 3, 16, 16)
     assert torch.equal(cuts, _cuts(photos, 16, 400))
-    assert float(cuts.mean()) == pytest.approx(0, abs=0.02)
-    assert float(cuts.std()) == pytest.approx(1, abs=0.02)
+    assert float(cuts.mean()) == pytest.approx(0, abs=1e-6)
+    assert float(cuts.std()) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_folder_of_images_is_read_and_noise_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (12, 10), (200, 10, 30)).save(tmp_path / "a.png")
+    Image.effect_noise((20, 30), 80).convert("RGB").save(tmp_path / "b.png")
+    (tmp_path / "c.png").write_text("no image")
+    options = ["--image-size", "8", "--images", "16", "--out", str(tmp_path / "out")]
+    for data, about in ((str(tmp_path), tmp_path.name), ("noise", "noise")):
+        assert main(["inspect", "small", "--data", data, *options]) == 0
+        assert re.search(rf"16 images of \S*{re.escape(about)}, 3x8x8", capsys.readouterr().out)
+    assert main(["inspect", "small", "--data", str(tmp_path / "out"), *options[2:]]) == 0  # its own pictures
+    assert main(["inspect", "small", "--data", str(tmp_path), "--image-size", "11"]) == 2
+    assert "expected at most 10, the smallest side" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_networks_of_timm_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("timm")
+    options = ["--data", "noise", "--images", "8", "--image-size", "32", "--out", str(tmp_path)]
+    assert main(["inspect", "timm:resnet18", *options]) == 0
+    found = rows(capsys.readouterr().out)
+    assert len(found) == 21 and re.fullmatch(r"\+\d+ %", found["conv1"][-1])
+    assert main(["inspect", "timm:resnet81", *options]) == 2
+    assert "timm has no network 'resnet81'. The nearest name is resnet" in capsys.readouterr().err
+    assert main(["inspect", "timm:resnet18", "--width", "2", *options]) == 2
+    assert "width=2 cannot apply to timm:resnet18" in capsys.readouterr().err
+
+
+def test_the_cost_of_a_step_is_whitening_beside_the_convolution() -> None:
+    layer = WhitenedConv2d(4, 8, 3, whitening=WhiteningConfig.paper(block_size=4))
+    images = torch.randn(5, 4, 6, 6)
+    layer(images)
+    # One block of 36 features. Patches: the grid with step 3 has 2 x 2 positions, of which 4 x 4 give outputs.
+    moments, products, fold = 2 * 5 * 4 * 36**2 * 3, 2 * 12 * 36**3 * 3, 2 * 8 * 36**2 * 3
+    plain = 3 * 2 * 5 * 4 * 4 * 8 * 36
+    found = step_cost(torch.nn.Sequential(layer).eval(), images)
+    assert found == {"0": pytest.approx((moments + products + fold) / plain)}
 
 
 @pytest.mark.parametrize(

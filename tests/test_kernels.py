@@ -5,21 +5,51 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+from netdeconv.functional import on_gpu
+
+HERE = Path(__file__).parent
 
 
-def test_the_kernels_compute_what_the_operators_do() -> None:
+def test_the_kernels_compute_what_the_operators_do(request: pytest.FixtureRequest) -> None:
     pytest.importorskip("triton", reason="Triton comes with torch on Linux only")
-    here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-cov"]
+    measured = request.config.pluginmanager.hasplugin("_cov")
+    # What is covered there is written beside what the other processes write, and joined with it.
+    coverage = ["-m", "coverage", "run", "--parallel-mode", f"--rcfile={HERE.parent / 'pyproject.toml'}"]
+    tests = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--no-cov", "interpreted_kernels.py"]
     found = subprocess.run(
-        [*command, "interpreted_kernels.py"],
-        cwd=here,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        [sys.executable, *(coverage if measured else []), *tests],
+        cwd=HERE,
+        env={**os.environ, "TRITON_INTERPRET": "1", "COVERAGE_FILE": str(HERE.parent / ".coverage")},
         capture_output=True,
         text=True,
         check=False,
     )
     assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    on_gpu.kernels.cache_clear()
+    yield
+    on_gpu.kernels.cache_clear()
+
+
+def test_they_can_be_switched_off(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NETDECONV_KERNELS", "0")
+    assert on_gpu.kernels() is None
+
+
+def test_without_triton_there_are_none(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "netdeconv.functional.kernels", raising=False)
+    assert on_gpu.kernels() is None
+
+
+def test_a_cpu_has_none() -> None:
+    assert on_gpu.kernels_for(torch.randn(2, 3, 4, 4)) is None

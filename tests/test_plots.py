@@ -108,7 +108,7 @@ def test_the_page_of_inspect_is_wide_and_its_filters_are_labelled(
     monkeypatch.setattr(Axes, "set_title", noted)
     images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     net = torch.nn.Sequential(calibrate(WhitenedConv2d(3, 10, 3), images)).eval()
-    write(tmp_path, "title", "line", net, inspect_layers(net, images))
+    write(tmp_path, "title", "line", net, inspect_layers(net, images), {})
     assert '<main class="wide">' in (tmp_path / "inspect.html").read_text()
     assert [text for text in drawn if text.startswith("whitening")] == [
         f"whitening\n{colour}" for colour in ("red", "green", "blue")

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import html
-import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
 
+from browser import BROWSER, WIDTHS, dumped
 from netdeconv.lab.experiments import report_page
 from netdeconv.lab.experiments.experiment import SIZES, Experiment, Picture, Presentation
 from netdeconv.lab.experiments.report_page import write_page
 from netdeconv.lab.experiments.results import Outcome, draw
 from netdeconv.lab.report import Table
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-WIDTHS = (1280, 400)
-SECONDS = 120  # a browser on a busy machine; it takes two or three
 
 # Written into a copy of the page. It collects errors, clicks every heading of every table once, twice and three times,
 # and tells the page around it what it saw.
@@ -52,7 +46,6 @@ window.addEventListener("load", function () {
 """
 CATCH = "<script>window.errors = []; window.onerror = function (text) { window.errors.push(String(text)); };</script>"
 
-# A window of Chromium is never narrower than 500 pixels; a frame in it may be.
 FRAME = """<!doctype html><body><pre id="found"></pre><script>
 window.addEventListener("message", function (event) {
   document.getElementById("found").textContent = JSON.stringify(event.data);
@@ -132,21 +125,7 @@ def seen(request: pytest.FixtureRequest, page: Path, tmp_path_factory: pytest.Te
     text = page.read_text().replace("<head>", f"<head>{CATCH}", 1).replace("</body>", f"{PROBE}</body>", 1)
     (folder / "page.html").write_text(text)
     (folder / "frame.html").write_text(FRAME.replace("WIDTH", str(request.param)))
-    return {**dumped(folder / "frame.html", folder / "profile"), "asked": request.param}
-
-
-def dumped(frame: Path, profile: Path) -> dict[str, Any]:
-    """What the frame around the page was told, from the document as it is after the scripts have run."""
-    assert BROWSER is not None
-    command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}",
-        "--window-size=1400,3200", "--virtual-time-budget=20000", "--dump-dom", frame.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=True)
-    found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert found and found[1], f"the page told nothing: {done.stderr[-500:]}"
-    return dict(json.loads(html.unescape(found[1])))
+    return {**dumped((folder / "frame.html").as_uri(), folder / "profile"), "asked": request.param}
 
 
 def test_scripts_run_without_errors_and_load_nothing(seen: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Network deconvolution (Ye et al., ICLR 2020) for PyTorch: whitening before every layer, without its cost."""
+"""Network deconvolution (Ye et al., ICLR 2020) for PyTorch: layers that whiten their input, instead of batch norms."""
 
 from netdeconv import functional
 from netdeconv.config import WhiteningConfig

@@ -262,7 +262,7 @@ def _recipes(args: argparse.Namespace) -> int:
 COMMANDS = (
     Command(
         "fit",
-        "Train a network by a recipe: --config NAME, then options that change it. Goes on where it was stopped.",
+        "Train a network by a recipe: --config NAME, then options that override it. Resumes where it was stopped.",
         None,
         _training("fit"),
     ),
@@ -289,19 +289,19 @@ COMMANDS = (
     ),
     Command(
         "report",
-        "Write tables, pictures and one HTML page of what reproduce has found.",
+        "Write tables, pictures and one HTML page of the results of reproduce.",
         _report_arguments,
         _report,
     ),
     Command(
         "inspect",
-        "Show what every layer of a network sees: correlation, sparsity and the state of its whitening.",
+        "Show the input of every layer of a network: correlation, sparsity and the state of its whitening.",
         _inspect_arguments,
         _inspect,
     ),
     Command(
         "export",
-        "Write a trained network, from its checkpoint, as an ONNX file, and try the file in onnxruntime.",
+        "Write a trained network as an ONNX file, and compare the file with it in onnxruntime.",
         _export_arguments,
         _export,
     ),

@@ -63,59 +63,58 @@ def _known_settings_only(kind: type[_Settings]) -> type[_Settings]:
 @_known_settings_only
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WhiteningConfig:
-    """Settings of the whitening; the same object may serve every layer of a network.
+    """Settings of the whitening; one object may serve every layer of a network.
 
-    A setting that is ``None`` is chosen by the kind of layer (:data:`KINDS`), wherever the object is passed: to a
-    layer, to :func:`netdeconv.convert`, or nowhere. ``momentum`` and ``max_samples`` have a ``None`` of their own.
+    A setting that is ``None`` is chosen by the kind of layer, wherever the object is passed: to a layer or to
+    :func:`netdeconv.convert`. ``momentum`` and ``max_samples`` have a ``None`` of their own.
 
     Args:
-        block_size: channels whitened together. A layer with more channels is cut into blocks that share one root; when
-            the block size does not divide the channels the last block is smaller and has its own. ``None`` is 512
-            in linear layers, 32 in 1x1 and depthwise convolutions, 64 in others, and 16 in those whose groups have 512
-            channels or more, but fewer where kernels are so large that a block would have more than 1024 features
-            (channels times taps), or the roots of all groups more than 2**24 entries, 64 MiB; with
-            ``grouping="interleaved"`` it is 64 in convolutions, as published. Whatever is asked for, contiguous blocks
-            are pieces of one channel, whole rows of the kernel, where its taps alone are more than that.
+        block_size: channels whitened together. A layer with more channels is cut into blocks that share one inverse
+            square root; when the block size does not divide the channels, the last block is smaller and has its own.
+            ``None`` is 512 in linear layers, 32 in 1x1 and depthwise convolutions, 64 in others, and 16 in those whose
+            groups have 512 channels or more. It is less where kernels are so large that a block would have more than
+            1024 features (channels times taps), or the inverse square roots of all groups more than 2**24 entries, 64
+            MiB. With ``grouping="interleaved"`` it is 64 in convolutions, as in the paper. Where the taps
+            of one channel exceed these limits, contiguous blocks are pieces of a channel, whole rows of the kernel.
         grouping: ``"contiguous"`` blocks of neighbouring channels, each centred by its own mean; or
-            ``"interleaved"``, the published procedure, which deals the flattened (channel, tap) index out to
-            the blocks in turn, pools mean and covariance over them, and takes the greatest common divisor
-            when the block size does not divide the channels.
+            ``"interleaved"``, as in the paper, which assigns the flattened (channel, tap) index to the blocks
+            round-robin, pools mean and covariance over them, and takes the greatest common divisor when the block
+            size does not divide the channels.
         eps: added to the diagonal of the covariance, in squared units of the layer's input, or of its standard
             deviation with ``scale``, where it is also the smallest variance that a channel is divided by.
-        num_iters: Newton-Schulz steps: how hard is whitened. ``None`` is 3, but 1 in 1x1 and in depthwise convolutions,
-            4 in others whose groups have 64 channels or more, and 5 in :class:`netdeconv.ChannelWhitening`. 5, the
-            published number, caps the gain at 1.5**5 = 7.6 and does not whiten fully; 15 comes close. The solver
-            ``"eigh"`` is exact and does not look at it.
+        num_iters: Newton-Schulz steps: the strength of the whitening. ``None`` is 3, but 1 in 1x1 and in depthwise
+            convolutions, 4 in others whose groups have 64 channels or more, and 5 in
+            :class:`netdeconv.ChannelWhitening`. 5, the paper's number, caps the gain at 1.5**5 = 7.6 and does not
+            whiten fully; 15 comes close. The solver ``"eigh"`` is exact and ignores it.
         solver: how the inverse square root is computed, see :func:`netdeconv.functional.inverse_sqrt`.
-        momentum: share of the running values that one training step replaces, as in batch normalisation, and one
-            refresh of an averaged covariance. Of averaged roots, one after k steps counts as ``(k + 1) / 2`` of
-            them. ``None`` averages all steps equally, a root for all k.
-        sampling: ``"tiles"`` looks at patches of a grid that starts in the top left corner, with the default
-            distance 3x3 kernels tile the map with them; ``"spread"`` at patches spread evenly over the map. Both
-            look at all of them when they fit ``max_samples``, otherwise at others on every refresh, and are the
-            same for 1x1 kernels and linear layers. ``"corner"``, the published procedure, looks at the whole grid
-            and takes the mean from it, too (for 1x1 kernels: from every k-th row of the batch).
+        momentum: weight of a training step in the running statistics, as in batch normalisation, and of a refresh in
+            an averaged covariance. An averaged inverse square root counts as ``(k + 1) / 2`` steps if it is k steps
+            after the one before, and as k with ``None``, which weights all steps equally.
+        sampling: which patches a refresh takes its covariance from. ``"tiles"``: a grid that starts in the top left
+            corner, with which 3x3 kernels tile the map at the default distance; ``"spread"``: spread evenly over the
+            map. Both take all of them when they fit ``max_samples``, otherwise different ones at every refresh, and
+            are the same for 1x1 kernels and linear layers. ``"corner"``, as in the paper, takes the whole grid, and
+            the mean from it, too (for 1x1 kernels: from every k-th row of the batch).
         sampling_stride: distance of sampled patches along every dimension, in output positions.
-        max_samples: most patches looked at in one refresh; ``None`` for no limit. Not with ``"corner"``.
+        max_samples: most patches in one refresh; ``None`` for no limit. Not with ``"corner"``.
         scale: divide every channel by its standard deviation in this batch, at every step and with the gradient through
-            it, as batch normalisation does; the root is then that of the correlations. A channel's variance is taken
-            for at least a hundredth of the layer's mean. ``None`` is true but for linear layers.
-        update_every: training steps between two computations of the root; mean and scale are taken at every step. The
-            first 16 steps compute it every time, then the distance doubles until it has reached this number. ``None``
-            is 16, and 1 in linear layers.
-        differentiable: use the root of this batch alone, where one is computed, and let the gradient flow through mean
-            and root, as published. ``None`` is true in linear layers only.
-        average: what is averaged over the refreshes: the ``"covariance"``, whose root training and evaluation then
-            share, or the ``"root"`` of every batch, for evaluation, while training takes that of the last refresh, as
-            published. ``None`` is ``"root"`` in linear layers only.
-        debias: running values are weighted averages of what was seen, right from the first refresh, the gains of an
-            averaged root averaged as variances. Without it they are plain averages that start at zero mean and
-            identity root, as published.
-        sync: in distributed training, gather the statistics over all processes of ``process_group``.
+            it, as batch normalisation does; correlations are whitened then. A channel's variance is taken as at least
+            a hundredth of the mean over the layer's channels. ``None`` is true except in linear layers.
+        update_every: training steps between two refreshes of the inverse square root; mean and scale are computed at
+            every step. Each of the first 16 steps is a refresh, then the distance doubles until it reaches this
+            number. ``None`` is 16, and 1 in linear layers.
+        differentiable: at a refresh, use the inverse square root of this batch alone, with the gradient through it and
+            the mean, as in the paper. ``None`` is true in linear layers only.
+        average: what is averaged over the refreshes: the ``"covariance"``, whose inverse square root training and
+            evaluation share; or the ``"root"``, as in the paper: evaluation uses the average of the inverse square
+            roots, training the last one. ``None`` is ``"root"`` in linear layers only.
+        debias: divide the running averages by the sum of their weights, as Adam does, and average the gains of inverse
+            square roots as variances. Without it, as in the paper, plain averages start at zero mean and identity.
+        sync: in distributed training, reduce the statistics over all processes of ``process_group``.
 
     Raises:
         ConfigError: a value out of range or unknown, or two that exclude one another.
-        TypeError: a setting that there is not; the nearest one is named.
+        TypeError: an unknown setting; the nearest one is named.
 
     Source: Ye et al., Network Deconvolution, ICLR 2020, arXiv 1905.11926; kinds, scale and averages are ours.
     """
@@ -217,10 +216,10 @@ class WhiteningConfig:
         return dataclasses.replace(self, **changes)
 
     def resolved(self, kind: str, channels: int, taps: int = 1, groups: int = 1) -> WhiteningConfig:
-        """These settings as a layer of this kind gets them, one of :data:`KINDS`, with nothing left to choose.
+        """The settings of a layer of this kind, none of them left to choose.
 
         Args:
-            kind: one of :data:`KINDS`.
+            kind: ``"dense"``, ``"1x1"``, ``"grouped"``, ``"depthwise"``, ``"linear"`` or ``"channels"``.
             channels: input channels of a convolution group.
             taps: positions of the kernel.
             groups: convolution groups.

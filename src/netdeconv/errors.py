@@ -1,4 +1,4 @@
-"""What can go wrong, by name. Every message says what was expected, what came, where, and what to do."""
+"""Errors and warnings. Every message says what was expected, what it got, where, and what to do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ __all__ = ["ConfigError", "NonFiniteWarning", "NumericalError", "ShapeError", "S
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be meant: out of range, unknown, or in conflict with another."""
+    """A setting that is out of range, unknown, or in conflict with another."""
 
 
 class ShapeError(ValueError):
@@ -14,7 +14,7 @@ class ShapeError(ValueError):
 
 
 class StatisticsError(RuntimeError):
-    """Whitening statistics are needed and missing, or those of several processes do not belong together."""
+    """Whitening statistics are missing, or those of several processes do not belong together."""
 
 
 class NumericalError(ArithmeticError):
@@ -26,4 +26,4 @@ class NonFiniteWarning(RuntimeWarning):
 
 
 class StatisticsWarning(UserWarning):
-    """A network was evaluated before any training step had gathered whitening statistics."""
+    """A network was evaluated before its first training step, with whitening statistics that are the identity."""

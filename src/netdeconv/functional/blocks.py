@@ -78,7 +78,7 @@ class Blocks:
         taps: positions of the kernel, 9 for 3x3, 1 for a linear layer.
         groups: convolution groups; statistics never cross them.
         block_size: channels of a block, at most those of a group.
-        interleaved: deal the flattened index out to the blocks in turn, as published, instead of cutting it
+        interleaved: assign the flattened index to the blocks round-robin, as in the paper, instead of cutting it
             into contiguous pieces; the block size must divide the channels of a group.
         pool_mean: one mean for all blocks of a part, as published, instead of one for every channel and tap.
         piece: taps of a block that is less than a channel, ``None`` for blocks of whole channels; not interleaved.
@@ -86,8 +86,8 @@ class Blocks:
     Attributes:
         group_features: length of the flattened index within one group.
         parts: ``(blocks, features of a block)`` of the part of equal blocks, then of the smaller last ones.
-        mean_shape: shape of the remembered mean: one entry per channel and tap, or per pooled feature.
-        root_shapes: shape of the remembered root of every part; the groups come first where there are several.
+        mean_shape: shape of the running mean: one entry per channel and tap, or per pooled feature.
+        root_shapes: shape of the running root of every part; the groups come first where there are several.
     """
 
     channels: int
@@ -168,14 +168,14 @@ class Blocks:
         return torch.cat([equal.reshape(*equal.shape[:-2], repeats, count * size // repeats), rest], dim=-1).flatten(-2)
 
     def spread_mean(self, mean: Tensor) -> Tensor:
-        """The remembered mean as ``(groups, group_features)``, one entry for every channel and tap."""
+        """The running mean as ``(groups, group_features)``, one entry for every channel and tap."""
         if not self.pool_mean:
             return mean.reshape(self.groups, self.group_features)
         count, size = self.parts[0]
         return self.join([mean.reshape(self.groups, 1, size).expand(-1, count, -1)])
 
     def pooled_mean(self, mean: Tensor) -> Tensor:
-        """One mean for every channel and tap, flat ``(channels * taps,)``, as it is remembered."""
+        """One mean for every channel and tap, flat ``(channels * taps,)``, as ``mean_shape`` has it."""
         if not self.pool_mean:
             return mean
         (part,) = self.split(mean.reshape(self.groups, self.group_features))

@@ -1,4 +1,4 @@
-"""Folding mean and root into the layer's own weight and bias: whitening at the price of a plain layer."""
+"""Folding mean, scale and inverse square root into the layer's own weight and bias."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ def fold(
 ) -> tuple[Tensor, Tensor]:
     """Weight and bias of the plain layer that whitens its input and then applies ``weight`` and ``bias``.
 
-    ``(x - mean) S D w + b = x (S D w) + (b - mean S D w)``, S the diagonal of ``scale``: the first form moves every
-    activation, the second none.
+    ``(x - mean) S D w + b = x (S D w) + (b - mean S D w)``, S the diagonal matrix of ``scale``, D the roots.
 
     Shapes: weight ``(out, channels / groups, *kernel)``, bias ``(out,)`` or ``None``, mean
     ``blocks.mean_shape``, roots ``blocks.root_shapes``, scale ``(channels,)`` or ``None`` for ones -> the same shapes

@@ -1,4 +1,4 @@
-"""The inverse square root of a covariance: what turns correlated data into white data."""
+"""The inverse square root of a covariance: the whitening matrix."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["SOLVERS", "chosen_solver", "inverse_sqrt", "solves_by_chebyshev"]
 
 SOLVERS = ("auto", "newton_schulz", "chebyshev", "quintic", "eigh")
+"""Ways to compute the inverse square root, see :func:`inverse_sqrt`."""
 
 # Above this many steps rounding in the products is amplified by more than 1.5**(2 * 8) = 657, which TF32's
-# 1e-3 does not bear.
+# 1e-3 is too coarse for.
 _MAX_ITERS_IN_TF32 = 8
 
 
@@ -28,9 +29,9 @@ def inverse_sqrt(cov: Tensor, *, num_iters: int = 5, solver: str = "auto") -> Te
 
     ``"newton_schulz"`` takes ``num_iters`` steps of the coupled iteration ``T = (3 I - Z Y) / 2``,
     ``Y <- Y T``, ``Z <- T Z`` from ``Y = cov / |cov|_F``, ``Z = I``, and returns ``Z / sqrt(|cov|_F)``. Its
-    gain for an eigenvalue of relative size a is near ``1 / sqrt(a)`` but never above ``1.5**num_iters``: with
-    5 steps that regularises, as published, and only large eigenvalues are whitened. In float32 the cap holds up to
-    about 15 steps; with more, eigenvalues that rounding has made negative are blown up.
+    gain for an eigenvalue of relative size a is near ``1 / sqrt(a)`` but never above ``1.5**num_iters``: few steps
+    regularise, and whiten large eigenvalues only. In float32 the cap holds up to about 15 steps; more amplify
+    eigenvalues that rounding has made negative.
 
     ``"chebyshev"`` computes the same map for 1 to 5 steps with 0, 2, 3, 4 or 6 matrix products in place of 0, 3, 6, 9
     or 12, by a polynomial: that of the steps for 1 and 2, otherwise one whose gain is within 4e-4 of theirs;

@@ -1,4 +1,4 @@
-"""Mean and covariance of the patches a layer looks at, block by block."""
+"""Mean and covariance of a layer's input patches, block by block."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["Moments", "patch_moments"]
 
 
 class Moments(NamedTuple):
-    """Moments of patches: ``mean`` flat as ``blocks.mean_shape``, one covariance per part, the rows that were
-    looked at, and how many patches they stand for (a 0-dim tensor where that is the sum of weights).
+    """Moments of patches: ``mean`` flat as ``blocks.mean_shape``, one covariance per part, the number of rows, and of
+    the patches that they stand for (a 0-dim tensor where that is the sum of weights).
 
-    In place of the covariance of few rows may stand a factor of it, ``cov = factor^T factor``: the centred rows divided
-    by the root of their number, fewer than features.
+    The covariance of few rows may be given by a factor, ``cov = factor^T factor``: the centred rows divided by the
+    square root of their number, fewer than features.
     """
 
     mean: Tensor

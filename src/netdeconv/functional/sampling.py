@@ -1,4 +1,4 @@
-"""Which patches are looked at: spread over map or grid with the border in its due share, or the published ones."""
+"""Which patches statistics are taken from: spread over map or grid, the border included, or those of the paper."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def spread_patches(
 ) -> Sample:
     """Patches at positions spread evenly over a grid on the map, all of them when they fit ``max_samples``.
 
-    On a grid with more positions than that, about every ``sampling_stride``-th is taken along each dimension,
-    fewer where the budget asks for it, and images are left out only when that does not suffice. Positions of the
-    grid at which the window reaches over the edge are always among them, as padding makes patches that no other
-    position shows: statistics that miss them would give those patches the largest gain. Rows carry the number
-    of positions they stand for, so that the moments are those of the whole grid but for sampling noise.
+    On a grid with more positions than that, about every ``sampling_stride``-th is taken along each dimension, fewer
+    where the limit requires it, and images are left out only when that does not suffice. Positions of the grid where
+    the window reaches over the edge are always included: padded patches occur nowhere else, and statistics without them
+    would give them the largest gain. Rows are weighted with the number of positions they stand for, so the moments are
+    those of the whole grid up to sampling noise.
 
     Shapes: x ``(N, C, *spatial)`` -> rows ``(rows, C * taps)`` in x's dtype, weights ``(rows,)`` or ``None``.
 
@@ -88,10 +88,10 @@ def spread_patches(
 
 
 def corner_patches(x: Tensor, window: Window, *, sampling_stride: int = 1) -> Sample:
-    """Patches at a fixed grid that starts in the top left corner, as the published procedure takes them.
+    """Patches at a fixed grid that starts in the top left corner, as in the paper's procedure.
 
-    For 1x1 kernels the published procedure takes every k-th row of the flattened batch instead and ignores
-    the padding; k is the product of ``sampling_stride * stride`` over the dimensions.
+    For 1x1 kernels that is every k-th row of the flattened batch instead, without padding; k is the product of
+    ``sampling_stride * stride`` over the dimensions.
 
     Shapes: x ``(N, C, *spatial)`` -> rows ``(rows, C * taps)``.
     """

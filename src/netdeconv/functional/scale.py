@@ -31,8 +31,8 @@ LEAST_SHARE = 0.01
 def channel_variance(x: Tensor, *, max_rows: int | None = None) -> tuple[Tensor, Tensor, int]:
     """Mean and biased variance of every channel over images and positions, and the number of these.
 
-    With ``max_rows`` of some images only, evenly taken out of the batch: as many as have so many positions together,
-    at a fraction of the memory traffic. The gradient then goes into these images alone.
+    With ``max_rows`` of some images only, spaced evenly in the batch, with so many positions together; it takes a
+    fraction of the memory traffic. The gradient then goes into these images alone.
 
     Shapes: x ``(N, C, *spatial)`` -> ``(C,)``, ``(C,)``, in float32 at least, also under autocast.
     """
@@ -79,7 +79,7 @@ def _tolerance(var: Tensor) -> float:
 
 
 def scale_of(var: Tensor, eps: float) -> Tensor:
-    """What channels of these variances are multiplied by: one over their deviation, or over the least one.
+    """The scale of channels with these variances: one over the standard deviation, with a lower bound.
 
     Shapes: ``(C,)`` -> ``(C,)``.
     """

@@ -1,4 +1,4 @@
-"""What whitening did: how correlated and how sparse patches are, layer by layer, and the filters that whiten them."""
+"""What whitening does: correlation and sparsity of patches, layer by layer, and the filters that whiten them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whitening of a patch, seen as filters: one small picture per pixel and channel."""
+"""Whitening matrices as filters: one small image per pixel and channel."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def whitening_filters(
     Args:
         images: ``(N, C, H, W)``, or a sequence of images ``(C, H, W)`` that may differ in size.
         kernel_size: height and width of a patch.
-        stride: distance of the patches looked at; 1 looks at all of them.
+        stride: distance of the patches; 1 takes all of them.
         solver: ``"eigh"`` for the converged root, ``"newton_schulz"`` for the root as the layers compute it.
         num_iters: Newton-Schulz steps, ``None`` for those of a convolution by default; the solver ``"eigh"`` is exact
-            and does not look at it.
+            and ignores it.
         eps: added to the covariance's diagonal, in squared units of the images' values.
 
     Returns:

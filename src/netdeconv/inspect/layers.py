@@ -1,4 +1,4 @@
-"""What every layer of a network sees, and what its whitening makes of it."""
+"""The input of every layer of a network, before and after whitening."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 @dataclasses.dataclass(frozen=True)
 class Responses:
-    """What a layer multiplies with its weights, before or after whitening; means over the features.
+    """Statistics of a layer's input patches, before or after whitening; means over the features.
 
     Attributes:
         correlation: mean absolute correlation of two features of a patch, within a convolution group; 0 where there
@@ -36,7 +36,7 @@ class Responses:
         kurtosis, hoyer: see :func:`kurtosis` and :func:`hoyer_sparsity`; NaN where no feature varies.
         histogram: see :func:`unit_histogram`.
         pixelwise, channelwise: the same of two taps of one channel, and of two channels at one tap.
-        matrix: correlation matrix of the features looked at, of the first group; whole channels, all taps of each.
+        matrix: correlation matrix of the features of the first group, or of some whole channels where they are many.
     """
 
     correlation: float
@@ -57,15 +57,15 @@ class LayerView:
         kind: class of the layer.
         features: numbers in a patch, of one convolution group: channels times taps.
         taps: positions of the kernel.
-        rows: patches looked at.
-        raw, standardised, whitened: the patches as they come, less their mean and over their deviation, and less the
-            running mean times the running scale and root; the last is ``None`` for a layer that does not whiten.
-        condition: largest over smallest eigenvalue of ``cov + eps I``, the worst of the blocks; of the scaled channels
-            where the layer scales them, or would.
+        rows: number of patches.
+        raw, standardised, whitened: the patches as they are; with zero mean and unit variance; and centred, scaled and
+            whitened with the running statistics, ``None`` for a layer that does not whiten.
+        condition: condition number of ``cov + eps I``, the largest of the blocks; of the scaled channels where the
+            layer scales them, or would if converted.
         root_residual: ``|D (cov + eps I) D - I|_F / sqrt(n)`` of the running root D against that covariance of
             these data, root mean square over the blocks; 0 is white. ``None`` for a layer that does not whiten.
-        refresh_age: training steps since the root was last computed; ``None`` likewise.
-        updates: how often it has been computed.
+        refresh_age: training steps since the last refresh; ``None`` likewise.
+        updates: number of refreshes; ``None`` likewise.
     """
 
     name: str
@@ -84,15 +84,15 @@ class LayerView:
 
 @torch.no_grad()
 def inspect_layers(model: nn.Module, images: Any, *, max_samples: int = 4096) -> list[LayerView]:
-    """Run a batch through a model in evaluation mode, and look at the input of every convolution and linear layer.
+    """Statistics of the input of every convolution and linear layer, for one batch in evaluation mode.
 
-    The model is left as it was. A layer that is called several times is looked at on its first call. Layers without
-    whitening are seen through the blocks that :func:`netdeconv.convert` would give them by default.
+    The model is not changed. Of a layer that is called several times, the first call counts. Layers without
+    whitening are cut into the blocks that :func:`netdeconv.convert` would give them by default.
 
     Args:
         model: whitened or not.
         images: a batch: a tensor, or what :func:`netdeconv.calibrate` takes as one.
-        max_samples: most patches that are looked at in one layer.
+        max_samples: most patches in one layer.
 
     Returns:
         The layers in the order of their first call.

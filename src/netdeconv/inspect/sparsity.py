@@ -1,4 +1,4 @@
-"""How sparse responses are: most of them near nothing, few of them large."""
+"""Sparsity of responses: most of them near zero, few of them large."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def hoyer_sparsity(x: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 def unit_histogram(x: Tensor, weights: Tensor | None = None, *, bins: int = 121, limit: float = 6.0) -> Tensor:
-    """How often values lie how many standard deviations from the mean of their column, over all columns.
+    """Histogram of standardised values, over all columns.
 
     Shapes: x and weights as in :func:`kurtosis` -> ``(bins,)`` in float64, a density over ``-limit`` to ``limit``
-    whose integral is 1; what lies further out counts in the outermost bins. Columns that never vary are left out.
+    standard deviations whose integral is 1; values beyond count in the outermost bins. Constant columns are left out.
     """
     x, weights = _checked(x, weights, "unit_histogram")
     away = _centred(x, weights)

@@ -25,7 +25,7 @@ Pair = int | tuple[int, int]
 def patch_covariance(
     x: Tensor | Sequence[Tensor], kernel_size: Pair, *, stride: Pair = 1, padding: Pair = 0, dilation: Pair = 1
 ) -> Tensor:
-    """Covariance of the patches that a 2-D convolution looks at, over every patch of every image.
+    """Covariance of the patches of a 2-D convolution, over every patch of every image.
 
     Args:
         x: images ``(N, C, H, W)``, or a sequence of images ``(C, H, W)`` that may differ in size.
@@ -69,7 +69,7 @@ def patch_correlation(
     dilation: Pair = 1,
     root: Tensor | None = None,
 ) -> Tensor:
-    """Correlation matrix of the patches that a 2-D convolution looks at, or of the whitened patches.
+    """Correlation matrix of the patches of a 2-D convolution, or of the whitened patches.
 
     Args:
         x, kernel_size, stride, padding, dilation: as in :func:`patch_covariance`.
@@ -77,8 +77,8 @@ def patch_correlation(
             correlated, block after block of n contiguous features.
 
     Returns:
-        ``(C*K, C*K)`` in float64: ``cov / (sd sd^T)``. A feature that never varies correlates with nothing:
-        its row is 0, its diagonal 1.
+        ``(C*K, C*K)`` in float64: ``cov / (sd sd^T)``. A constant feature is uncorrelated with all: its row is 0, its
+        diagonal 1.
 
     Raises:
         ShapeError: x is not a batch of images, or the root does not divide the features evenly.
@@ -93,7 +93,7 @@ def patch_correlation(
 def correlation(cov: Tensor) -> Tensor:
     """Correlation matrix of a covariance: ``cov / (sd sd^T)``.
 
-    Shapes: ``(n, n)`` -> the same. A feature that never varies correlates with nothing: its row is 0, its diagonal 1.
+    Shapes: ``(n, n)`` -> the same. A constant feature is uncorrelated with all: its row is 0, its diagonal 1.
     """
     var = cov.diagonal().clamp_min(0)
     varies = var > _CONSTANT * var.max()
@@ -103,7 +103,7 @@ def correlation(cov: Tensor) -> Tensor:
 
 
 def mean_abs_offdiagonal(corr: Tensor) -> float:
-    """Mean absolute value of a square matrix off its diagonal: 0 is uncorrelated, 1 is all the same.
+    """Mean absolute value of a correlation matrix off its diagonal: 0 for uncorrelated features, 1 for equal ones.
 
     Args:
         corr: ``(n, n)``. With n = 1 there is nothing off the diagonal and the result is 0.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,8 @@ from netdeconv.lab.saved import Saved, find_saved
 __all__ = ["add_arguments", "run"]
 
 _OUT = Path("runs/inspect")
-_PHOTOGRAPHS = "photographs"
-_SIZES = {"zoo": 32, "small": 8, "torchvision": 224}
+_PHOTOGRAPHS, _NOISE = "photographs", "noise"
+_SIZES = {"zoo": 32, "small": 8, "torchvision": 224, "timm": 224}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="NAME",
-        help="data set to look at, or photographs, cuts of the two of scikit-learn (default: the data that the run was "
-        "trained on, otherwise photographs)",
+        help="data set, folder of images, of which squares are cut, photographs, the two of scikit-learn, or noise "
+        "(default: the data that the run was trained on, otherwise photographs)",
     )
-    parser.add_argument("--data-root", type=Path, metavar="DIR", help="its folder (default: NETDECONV_DATA)")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="folder of data sets (default: NETDECONV_DATA)")
     parser.add_argument("--image-size", type=int, metavar="N", help="side of the images, where they have several")
     parser.add_argument("--images", type=int, default=256, metavar="N", help="how many (default: 256)")
     parser.add_argument("--out", type=Path, default=_OUT, metavar="DIR", help=f"where to write (default: {_OUT})")
@@ -66,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: a mistake of the user.
     """
     from netdeconv.inspect import inspect_layers
+    from netdeconv.lab.inspect_cost import step_cost
     from netdeconv.lab.inspect_report import describe, write
 
     for name in ("images", "image_size", "classes", "width"):
@@ -85,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("error", StatisticsWarning)
             views = inspect_layers(net, images)
+            costs = step_cost(net, images)
     except StatisticsWarning as error:
         raise ConfigError(f"{subject.saved}: was saved before the first training step: {error}") from error
     except (ShapeError, NumericalError, RuntimeError, ValueError, AssertionError) as error:
@@ -97,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
         f"{subject.network}, width {subject.width:g}, {NORMS[subject.norm].text}; {state}; {len(images)} images of "
         f"{subject.data['name']}, {'x'.join(map(str, images.shape[1:]))}, in evaluation mode"
     )
-    print(f"{line}\n\n{describe(views)}\n")
-    for path in write(args.out, f"{subject.network}: what its layers see", line, net, views):
+    print(f"{line}\n\n{describe(views, costs)}\n")
+    for path in write(args.out, f"{subject.network}: its layers, before and after whitening", line, net, views, costs):
         print(path)
     return 0
 
@@ -132,15 +136,16 @@ def _images(subject: _Subject, args: argparse.Namespace) -> tuple[Tensor, dict[s
 
     name = subject.data["name"]
     about: dict[str, Any] = {"task": "classification", "in_channels": 3, "classes": 10, "image_size": None}
-    if name == _PHOTOGRAPHS:
+    if name in (_PHOTOGRAPHS, _NOISE) or (name not in DATASETS and Path(name).is_dir()):
         kind = subject.network.partition(":")[0].lower()
         side = args.image_size or _SIZES.get(kind, _SIZES["zoo"])
-        photos = photographs()
-        if side > min(photos.shape[2:]):
-            raise ConfigError(f"--image-size: expected at most {min(photos.shape[2:])} for photographs, got {side}")
-        return _cuts(photos, side, args.images), {**about, "image_size": side}
+        if name == _NOISE:
+            images = torch.randn(args.images, 3, side, side, generator=torch.Generator().manual_seed(0))
+        else:
+            images = _cuts(list(photographs()) if name == _PHOTOGRAPHS else _read(Path(name)), side, args.images)
+        return images, {**about, "image_size": side}
     if name not in DATASETS:
-        raise ConfigError(f"--data: there is no {name}. {nearest(str(name), [*DATASETS, _PHOTOGRAPHS])}")
+        raise ConfigError(f"--data: there is no {name}. {nearest(str(name), [*DATASETS, _PHOTOGRAPHS, _NOISE])}")
     options = {**subject.data}
     for key, value in (("root", args.data_root), ("image_size", args.image_size)):
         if value is not None:
@@ -152,17 +157,35 @@ def _images(subject: _Subject, args: argparse.Namespace) -> tuple[Tensor, dict[s
     return images, {"task": data.task, "in_channels": data.in_channels, "classes": data.num_classes, "image_size": size}
 
 
-def _cuts(photos: Tensor, side: int, count: int) -> Tensor:
-    """Squares at random places of the photographs, less the mean of each channel and over its deviation."""
+def _read(folder: Path) -> list[Tensor]:
+    """The images of a folder, values 0 to 1; other files are left out."""
+    from torchvision.transforms.functional import to_tensor
+
+    from netdeconv.lab.data.files import UNREADABLE, opened
+
+    images = []
+    for path in sorted(folder.iterdir()):
+        with contextlib.suppress(*UNREADABLE):
+            images.append(to_tensor(opened(str(path))))
+    if not images:
+        raise ConfigError(f"--data: expected a folder with images, got {folder}, which has none that can be read")
+    return images
+
+
+def _cuts(photos: Sequence[Tensor], side: int, count: int) -> Tensor:
+    """Squares at random places of the photographs in turn, less the mean of each channel and over its deviation."""
+    smallest = min(min(photo.shape[1:]) for photo in photos)
+    if side > smallest:
+        raise ConfigError(f"--image-size: expected at most {smallest}, the smallest side of the images, got {side}")
     drawn = torch.Generator().manual_seed(0)
-    height, width = photos.shape[2] - side + 1, photos.shape[3] - side + 1
-    tops, lefts = (torch.randint(size, (count,), generator=drawn).tolist() for size in (height, width))
-    cuts = [
-        photos[i % len(photos), :, top : top + side, left : left + side]
-        for i, (top, left) in enumerate(zip(tops, lefts, strict=True))
-    ]
-    mean, sd = photos.mean((0, 2, 3)).view(-1, 1, 1), photos.std((0, 2, 3)).view(-1, 1, 1)
-    return (torch.stack(cuts) - mean) / sd
+    places = torch.rand(count, 2, generator=drawn, dtype=torch.float64).tolist()
+    cuts = []
+    for i, place in enumerate(places):
+        photo = photos[i % len(photos)]
+        top, left = (int(part * (size - side + 1)) for part, size in zip(place, photo.shape[1:], strict=True))
+        cuts.append(photo[:, top : top + side, left : left + side])
+    squares = torch.stack(cuts)
+    return (squares - squares.mean((0, 2, 3), keepdim=True)) / squares.std((0, 2, 3), keepdim=True)
 
 
 def _network(subject: _Subject, about: dict[str, Any]) -> nn.Module:

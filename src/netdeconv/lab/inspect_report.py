@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ _CHANNELS = {1: ("grey",), 3: ("red", "green", "blue")}
 
 _COLUMNS = [
     "layer", "kind", "features", "patches", "correlation", "pixels", "channels", "condition", "root residual", "age",
-    "kurtosis", "Hoyer",
+    "kurtosis", "Hoyer", "cost",
 ]  # fmt: skip
 _NOTE = (
     "Before → after whitening. correlation: mean absolute value of two features of a patch, of which pixels are two "
@@ -32,12 +32,13 @@ _NOTE = (
     "in convolutions by default of channels over their deviation; "
     "root residual: |D (cov + eps) D - 1| over the root of the size, 0 is white; age: training steps since the root "
     "was computed; kurtosis: 3 for Gaussian numbers; Hoyer's sparsity: 0.2 for Gaussian numbers of mean 0, here before "
-    "whitening with the mean taken off. Layers without whitening have no second number."
+    "whitening with the mean taken off; cost: operations that whitening adds to the convolution's in an average "
+    "training step on these images. Layers without whitening have no second number."
 )
 
 
-def layer_table(views: Sequence[LayerView]) -> Table:
-    """One row for each layer."""
+def layer_table(views: Sequence[LayerView], costs: Mapping[str, float]) -> Table:
+    """One row for each layer; with what whitening adds to its step, by name, where that is known."""
     rows = []
     for view in views:
         rows.append(
@@ -54,18 +55,21 @@ def layer_table(views: Sequence[LayerView]) -> Table:
                 "–" if view.refresh_age is None else str(view.refresh_age),
                 _pair(view, "kurtosis", 1),
                 _pair(view, "hoyer", 2),
+                f"+{100 * costs[view.name]:.0f} %" if view.name in costs else "–",
             ]
         )
     return Table(_COLUMNS, rows, title="Layer by layer", note=_NOTE)
 
 
-def describe(views: Sequence[LayerView]) -> str:
+def describe(views: Sequence[LayerView], costs: Mapping[str, float]) -> str:
     """The table for a terminal."""
-    table = layer_table(views)
+    table = layer_table(views, costs)
     return f"{table.to_text()}\n\n{table.note}"
 
 
-def write(out: Path, title: str, line: str, net: nn.Module, views: Sequence[LayerView]) -> list[Path]:
+def write(
+    out: Path, title: str, line: str, net: nn.Module, views: Sequence[LayerView], costs: Mapping[str, float]
+) -> list[Path]:
     """Write ``inspect.html`` and its pictures; returns the files."""
     pictures = [("layers.png", _layers(views), "Correlation and kurtosis of every layer's input", _OF_LAYERS)]
     maps = [view for view in views if view.features > 1 and view.taps > 1] or list(views)
@@ -83,7 +87,7 @@ def write(out: Path, title: str, line: str, net: nn.Module, views: Sequence[Laye
         pictures.insert(0, ("filters.png", filters, "Filters of the first layer", _OF_FILTERS))
     page = Page(title, wide=True)
     page.paragraph(line)
-    table = layer_table(views)
+    table = layer_table(views, costs)
     page.heading(table.title)
     page.table(table)
     page.paragraph(table.note, soft=True)

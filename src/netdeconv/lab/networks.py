@@ -1,4 +1,4 @@
-"""Networks by name: of the zoo, of torchvision, and two small ones for experiments that two cores can train."""
+"""Networks by name: of the zoo, torchvision and timm, and two small ones for experiments that two cores can train."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NORMS = ("bn", "nd")  # of the small network
 _SMALL = ("small", "vit")  # made for the images they get
 TASKS = ("classification", "segmentation")
 
-_TORCHVISION = "torchvision:"
+_TORCHVISION, _TIMM = "torchvision:", "timm:"
 
 
 def network(
@@ -32,11 +32,11 @@ def network(
 ) -> nn.Module:
     """A network with batch normalisation and new random weights.
 
-    Nothing is downloaded: networks of torchvision start from random weights in every part.
+    Nothing is downloaded: networks of torchvision and timm start from random weights in every part.
 
     Args:
-        name: ``"small"``, ``"vit"``, a network of the zoo, or ``"torchvision:NAME"``.
-        width: factor on the channels; not for networks of torchvision.
+        name: ``"small"``, ``"vit"``, a network of the zoo, ``"torchvision:NAME"`` or ``"timm:NAME"``.
+        width: factor on the channels; not for networks of torchvision or timm.
         classes: outputs.
         task: one of :data:`TASKS`. Networks for segmentation are those of torchvision, with an auxiliary head where
             they can have one.
@@ -46,11 +46,14 @@ def network(
     Raises:
         ConfigError: no such network, or a setting that cannot apply.
     """
-    known = network_names(task)
     name = name.lower()
+    if name.startswith(_TIMM):
+        return _of_timm(name, width, classes, task, in_channels or 3)
+    known = network_names(task)
     if name not in known:
         listing = [one for one in known if not one.startswith(_TORCHVISION)] or known
-        where = "a network of the zoo or torchvision:NAME" if task == "classification" else "torchvision:NAME"
+        own = "a network of the zoo, torchvision:NAME or timm:NAME"
+        where = own if task == "classification" else "torchvision:NAME"
         raise ConfigError(
             f"expected a network for {task}, {where}, got {name!r}. {nearest(name, known, listing=listing)}"
         )
@@ -76,7 +79,7 @@ def network(
 
 
 def network_names(task: str = "classification") -> list[str]:
-    """Names that :func:`network` takes for a task; those of torchvision where it is installed."""
+    """Names that :func:`network` takes for a task, but for those of timm; torchvision's where it is installed."""
     own = [*_SMALL, *zoo.NETWORKS] if task == "classification" else []
     try:
         from torchvision import models
@@ -95,9 +98,13 @@ def check_name(name: str) -> None:
     own = [*_SMALL, *zoo.NETWORKS]
     if name.lower() in own:
         return
+    if name.lower().startswith(_TIMM):
+        _check_timm(name.lower())
+        return
     known = list(dict.fromkeys(one for task in TASKS for one in network_names(task)))
     if name.lower() not in known:
-        raise ConfigError(f"--network: there is no {name}. {nearest(name, known, listing=[*own, 'torchvision:NAME'])}")
+        listing = [*own, "torchvision:NAME", "timm:NAME"]
+        raise ConfigError(f"--network: there is no {name}. {nearest(name, known, listing=listing)}")
 
 
 def _of_torchvision(name: str, width: float, classes: int, task: str) -> nn.Module:
@@ -113,6 +120,27 @@ def _of_torchvision(name: str, width: float, classes: int, task: str) -> nn.Modu
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # about the random weights of old networks
         model: nn.Module = get_model(name, weights=None, num_classes=classes, **segmentation)
+    return model
+
+
+def _check_timm(name: str) -> None:
+    try:
+        import timm
+    except ModuleNotFoundError:
+        raise ConfigError(f"{name} needs timm, which is not installed. Run: pip install timm") from None
+    own, known = name.removeprefix(_TIMM), timm.list_models()
+    if own not in known:
+        raise ConfigError(f"timm has no network {own!r}. {nearest(own, known, listing=['timm.list_models()'])}")
+
+
+def _of_timm(name: str, width: float, classes: int, task: str, channels: int) -> nn.Module:
+    if width != 1 or task != "classification":
+        given = f"width={width:g}" if width != 1 else f"the task {task}"
+        raise ConfigError(f"{given} cannot apply to {name}. Leave it out, or take a network of the zoo")
+    _check_timm(name)
+    from timm import create_model
+
+    model: nn.Module = create_model(name.removeprefix(_TIMM), pretrained=False, num_classes=classes, in_chans=channels)
     return model
 
 

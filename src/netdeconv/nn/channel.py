@@ -21,11 +21,11 @@ __all__ = ["ChannelWhitening"]
 
 
 class ChannelWhitening(nn.Module):
-    """Decorrelates the channels at every position: ``y = D (x - mean)``, no parameters to learn.
+    """Decorrelates the channels at every position: ``y = D S (x - mean)``, without parameters to learn.
 
-    For the place before a pooling or a classifier that is not whitened itself. Blocks of channels, training
-    and evaluation are those of :class:`netdeconv.WhitenedConv2d` with a 1x1 kernel, but for 5 steps and that
-    maps of one pixel are whitened too; the covariance is centred (the authors' code takes that of the uncentred data).
+    For use before a pooling, or a classifier that is not whitened itself. Blocks of channels, training and evaluation
+    are as in :class:`netdeconv.WhitenedConv2d` with a 1x1 kernel, except that it takes 5 steps, and whitens maps of
+    one pixel too. The covariance is centred (that of the authors' code is not).
 
     Shapes: ``(N, C)``, ``(N, C, L)``, ``(N, C, H, W)`` or ``(N, C, D, H, W)`` -> the same.
 

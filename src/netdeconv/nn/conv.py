@@ -142,14 +142,14 @@ class WhitenedConv1d(_WhitenedConv, nn.Conv1d):
 class WhitenedConv2d(_WhitenedConv, nn.Conv2d):
     """:class:`torch.nn.Conv2d` over whitened input: network deconvolution, in place of batch normalisation.
 
-    ``y = conv((x - mean) S D) + b``: S divides every channel by its standard deviation, and D is a gentle inverse
-    square root of the covariance of ``x S``; mean and covariance are those of the patches that the kernel looks at. It
-    runs as one ordinary convolution, with S, D and the mean folded into weight and bias. No batch normalisation is
-    needed after it.
+    ``y = conv((x - mean) S D) + b``: S divides every channel by its standard deviation, and D approximates the inverse
+    square root of the covariance of ``x S``; mean and covariance are those of the patches under the kernel. The layer
+    runs as one ordinary convolution, with S, D and the mean folded into weight and bias, and takes the place of a batch
+    normalisation after the layer before.
 
-    Training: mean and scale are those of the batch, D is that of the last refresh; see
-    :class:`netdeconv.nn.Whitening` for when that is, and :class:`netdeconv.WhiteningConfig` for all settings.
-    Evaluation: from the running values, so that it equals a plain convolution with :meth:`folded` parameters.
+    Training: mean and S are those of the batch, D is that of the last refresh; see :class:`netdeconv.nn.Whitening`
+    for when that is, and :class:`netdeconv.WhiteningConfig` for all settings.
+    Evaluation: running statistics, so that it equals a plain convolution with the parameters that ``folded()`` returns.
 
     Shapes: as :class:`torch.nn.Conv2d`, with or without the batch dimension. Statistics and fold are computed
     in float32 at least, also under autocast.

@@ -16,8 +16,8 @@ Model = TypeVar("Model", bound=nn.Module)
 def freeze(model: Model) -> Model:
     """Stop updating the whitening statistics in a model, also in training mode; returns the model.
 
-    The weights go on learning. For fine-tuning on few samples, or with batches too small for statistics.
-    The state is kept by copying and pickling, not in a state dict, like ``requires_grad``.
+    Weights are still trained. For fine-tuning on few samples, or with batches too small for statistics. Like
+    ``requires_grad``, the state is copied and pickled with the model, but not in its state dict.
     """
     return _set(model, True)
 

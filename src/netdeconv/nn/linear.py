@@ -24,9 +24,9 @@ __all__ = ["WhitenedLinear"]
 class WhitenedLinear(WhitenedLayer, nn.Linear):
     """:class:`torch.nn.Linear` over whitened input features.
 
-    ``y = (x - mean) D W^T + b``, mean and covariance those of the features over all leading dimensions
-    together. By default training takes the root of each batch, with its gradient, and evaluation running averages of
-    means and roots; there is no scale.
+    ``y = (x - mean) D W^T + b``: mean and covariance are those of the features over all leading dimensions, and D
+    approximates the inverse square root of the covariance. By default training computes D from each batch, with the
+    gradient through it, and evaluation uses running averages of mean and D; there is no scale.
 
     Shapes: ``(*, in_features)`` -> ``(*, out_features)``, any number of leading dimensions.
 

@@ -30,42 +30,44 @@ __all__ = ["Statistics", "Whitening"]
 
 
 class Whitening(BatchStatistics):
-    """Mean, scale and inverse root of the covariance of the patches that a layer looks at.
+    """Mean, scale and inverse square root of the covariance of a layer's input patches.
 
     ``forward(x)`` returns what the layer folds into its weights. In training, mean and scale are those of the batch, at
-    every step: they move fast and are cheap. The gradient through the scale is what keeps activations from growing. The
-    root is expensive, and is computed on refresh steps only (see ``config.update_every``), from the covariance of the
-    scaled channels, averaged over the refreshes; other steps use the last one. In evaluation, and when ``frozen``, all
-    are the running values. Linear layers differ, see :data:`netdeconv.config.KINDS`.
+    every step: they change quickly and are cheap, and the gradient through the scale keeps activations from growing.
+    The inverse square root ("root" for short) is expensive, and is computed on refresh steps only (see
+    ``config.update_every``), from the covariance of the scaled channels averaged over the refreshes; other steps use
+    the last one. In evaluation, and when ``frozen``, all are running statistics. Linear layers have no scale, and
+    compute the root of every batch, with its gradient.
 
-    Running values are averages over training steps: of mean and variance with the weight ``momentum`` at every step, of
-    an averaged covariance at every refresh, of averaged roots with ``1 - (1 - momentum)**((k + 1) / 2)`` after k steps.
-    With ``debias`` the weights are divided by their sum, as Adam does, and of averaged roots the gain of every
-    feature, the diagonal, is averaged as ``1 / gain**2``, apart from the rest, as batch normalisation averages
-    variances: an average of roots is ruled by the smallest inputs that were seen. A batch that has no statistics
-    (NaN, infinite values, a single row, one constant) changes nothing and is whitened by the running values, and a
-    :class:`NonFiniteWarning` says so: at once on a CPU, otherwise when the module next changes between training and
-    evaluation. A 1x1 convolution of maps of one pixel, as behind a global pooling, sees one row per image, too few for
-    a covariance: it stays the plain layer (``forward`` returns ``None``, and the running values stay the identity).
+    Running statistics are averages over training steps: mean and variance with weight ``momentum`` at every step, an
+    averaged covariance at every refresh, averaged roots with weight ``1 - (1 - momentum)**((k + 1) / 2)`` k steps after
+    the one before. With ``debias`` the weights are divided by their sum, as Adam does, and the diagonal of averaged
+    roots, the gain of every feature, is averaged as ``1 / gain**2``, as batch normalisation averages variances: the
+    smallest inputs would dominate a plain average of roots.
+
+    A batch without statistics (NaN, infinite values, a single row, a constant) changes nothing and is whitened with
+    the running statistics, and a :class:`netdeconv.NonFiniteWarning` says so: at once on a CPU, otherwise when the
+    module next changes between training and evaluation. A 1x1 convolution of maps of one pixel, as behind a global
+    pooling, sees one row per image, too few for a covariance: it acts as the plain layer (``forward`` gives ``None``).
 
     Args:
         channels: channels of the layer's input.
-        window: what the layer looks at; an empty ``Window()`` for a linear layer.
+        window: kernel size, stride and padding; an empty ``Window()`` for a linear layer.
         groups: convolution groups.
         config: all settings, ``None`` for the defaults.
         kind: the kind of layer, one of :data:`netdeconv.config.KINDS`; ``None`` for that of window and groups.
-        label: what error messages call this place.
+        label: name of the layer in error messages.
 
     Attributes:
         frozen: no refresh while true, see :func:`netdeconv.freeze`.
-        process_group: processes to gather statistics from when ``config.sync``; ``None`` for all.
+        process_group: processes to reduce statistics over with ``config.sync``; ``None`` for all.
 
     Buffers: ``running_mean``; ``running_var``, of every channel, with ``config.scale``; ``running_root`` (and
     ``running_root_rest`` for a smaller last block); with ``config.average == "covariance"`` ``running_cov``
     (``running_cov_rest``), of which it is the root; otherwise ``last_root`` (``last_root_rest``), of the last refresh,
     where not every step is one; ``num_updates`` (refreshes so far), ``num_steps`` (training steps so far),
-    ``last_update`` (num_steps at the last refresh), ``num_skipped`` (steps left out); not saved: ``gathers`` (whether
-    steps are counted now), by which processes notice that they are not in the same mode.
+    ``last_update`` (num_steps at the last refresh), ``num_skipped`` (batches without statistics); not saved:
+    ``gathers`` (whether statistics are updated), by which processes notice that their modes differ.
     """
 
     gathers: Tensor
@@ -92,7 +94,7 @@ class Whitening(BatchStatistics):
         self.reset_statistics()
 
     def reset_statistics(self) -> None:
-        """Forget everything: zero mean, variance one, identity roots and covariances, all counters zero."""
+        """Reset to zero mean, variance one, identity roots and covariances; all counters to zero."""
         super().reset_statistics()
         self.tell_mode()
 

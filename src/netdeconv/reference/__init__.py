@@ -1,6 +1,6 @@
-"""Network deconvolution as the paper states it, and as this library does by default: slow, plain, float64.
+"""Network deconvolution as in the paper, and as this library does it by default: slow, plain, float64.
 
-The fast code is tested against these files, and they can be read instead of it. They use none of it.
+The fast code is tested against these files. They use none of it, and are easier to read.
 
 Symbols (Ye et al., ICLR 2020, arXiv 1905.11926; section 3 and algorithm 1); V, S and R are ours:
 

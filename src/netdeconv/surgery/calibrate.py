@@ -1,4 +1,4 @@
-"""Recomputing the remembered statistics of a whitened network from data."""
+"""Recomputing the running statistics of a whitened network from data."""
 
 from __future__ import annotations
 
@@ -24,29 +24,28 @@ Model = TypeVar("Model", bound=nn.Module)
 def calibrate(
     model: Model, data: Any, *, passes: int = 1, call: Callable[[nn.Module, Any], Any] | None = None
 ) -> Model:
-    """Replace the remembered statistics by those of the data, every patch with the same weight; returns the model.
+    """Replace the running statistics by those of the data; returns the model.
 
-    In training they are averages over the last steps, of weights that moved meanwhile, and of samples of patches.
-    Here weights stand still, and every patch is looked at that training may look at (``config.sampling``). In the
-    first pass each layer whitens a batch by the batch's own statistics, as in training; in each further pass by
-    those of the pass before. After pass k they are exact for the first k layers of a chain: exactly the statistics
-    of what the layer sees in evaluation.
+    Training leaves averages over the last steps, while the weights moved, and of sampled patches. Here the weights are
+    fixed, and every patch that training may sample (``config.sampling``) counts once. In the first pass each layer
+    whitens a batch with the batch's own statistics, as in training; in each further pass with those of the pass
+    before. After k passes the statistics of the first k layers of a chain are exactly those of their input in
+    evaluation.
 
-    Everything but the whitenings is in evaluation mode meanwhile (no dropout). Training flags are restored. Layers that
-    the data do not reach so are looked for in the branches that only training takes, as auxiliary heads are, by
-    going through the data once more.
-    Frozen whitenings are recomputed too, as this is an explicit wish.
+    Meanwhile the model is in evaluation mode (no dropout); training flags are restored. Layers that the data do not
+    reach this way, such as auxiliary heads, are looked for in the branches that only training takes, in another pass.
+    Frozen layers are recomputed too.
 
     Args:
         model: a converted model, trained or not.
-        data: a tensor, or an iterable of batches; with ``passes > 1`` one that can be gone through again.
-        passes: how often to go through the data.
-        call: how a batch is run, as in :func:`netdeconv.convert`.
+        data: a tensor, or an iterable of batches; with ``passes > 1`` one that can be iterated again.
+        passes: passes over the data.
+        call: how to run a batch, as in :func:`netdeconv.convert`.
 
     Raises:
-        ConfigError: nothing to calibrate, no data, or data that cannot be gone through ``passes`` times.
-        StatisticsError: the data never reach some whitening.
-        NumericalError: statistics that are not finite. In both cases all remembered values stay what they were.
+        ConfigError: nothing to calibrate, no data, or data that cannot be iterated ``passes`` times.
+        StatisticsError: the data never reach some layer.
+        NumericalError: statistics that are not finite. In both cases the running statistics are unchanged.
     """
     layers: dict[nn.Module, Whitening] = {
         module: module.whitening for module in model.modules() if isinstance(module, (WhitenedLayer, ChannelWhitening))

@@ -1,4 +1,4 @@
-"""From a network with batch normalisation to one with whitened layers, and telling what that would do."""
+"""From a network with batch normalisation to one with whitened layers, and a plan of what that would do."""
 
 from __future__ import annotations
 
@@ -37,46 +37,47 @@ def convert(
     preserve: Any = None,
     call: Callable[[nn.Module, Any], Any] | None = None,
 ) -> Model:
-    """A new model with whitened convolutions and linear layers, and no batch normalisation; the old one is untouched.
+    """A copy of a model with whitened convolutions and linear layers, and without batch normalisation.
 
-    Without ``preserve``, a network to be trained from scratch: batch norms are gone with their scales and shifts,
-    layers keep their weights and gain a bias (zero) where they have none. A batch norm goes where whitening takes its
-    place: where the layer that feeds it is whitened, or, if none feeds it alone, one that reads it.
+    Without ``preserve``, the copy is to be trained from scratch. Batch norms are removed with their scales and shifts;
+    layers keep their weights, and gain a bias of zero where they have none. A batch norm is removed where whitening
+    takes its place: where the layer that feeds it is whitened or, if no layer feeds it alone, one that reads it.
 
-    With ``example``, the model is run once, on a copy, and what is seen decides. Without it the module tree does; what
-    it does not tell, the first forward of the new model completes and corrects, in whatever mode, with a warning that
-    says what was done: batch norms that have waited go or stay, and layers whose weight is read elsewhere are plain
-    again, with the same parameters. Give an example where the model is to be wrapped or its optimiser made before.
+    With ``example``, the conversion runs a copy of the model once, to see which layer feeds which batch norm. Without
+    it the module tree decides. What the tree leaves open, the first forward of the new model completes and corrects,
+    in whatever mode, with a warning that says how: waiting batch norms are removed or kept, and layers whose weight is
+    read elsewhere become plain again, with the same parameters. Pass an example if the model is wrapped, or its
+    optimizer made, before it first runs.
 
-    With ``preserve``, a network to be fine-tuned: its evaluation output on any input is the old one's. Batch
-    norms are folded into the layer that feeds them, where they are its only reader, and become a fixed scale
-    and shift elsewhere; whitening statistics are those of the data, and weights are re-expressed so that whitening
+    With ``preserve``, the copy is to be fine-tuned: in evaluation it computes what the old model does, on any input.
+    Batch norms are folded into the layer that feeds them, where they are its only consumer, and become a fixed scale
+    and shift elsewhere. Whitening statistics are those of the data, and weights are re-expressed so that whitening
     cancels out. Layers that the data never reach, not even in branches that only training takes, and layers whose
     weight is shared or read elsewhere, stay plain.
 
-    Where batch norms go, activations work in place no longer, and where an operation in place was seen behind a batch
-    norm, a clone takes its place, so that no output of a layer changes under who reads it. Device, dtype, training
-    flags, ``requires_grad``, forward and backward hooks stay, and modules and parameters that are shared stay shared.
-    What could not be converted is listed by :func:`netdeconv.plan_conversion`.
+    Where batch norms are removed, activations no longer work in place, and where an operation in place was seen behind
+    a batch norm, a clone takes its place, so that no layer's output is overwritten. Device, dtype, training flags,
+    ``requires_grad``, forward and backward hooks are kept, and shared modules and parameters stay shared.
+    :func:`netdeconv.plan_conversion` lists what could not be converted.
 
     Args:
         model: any module.
-        whitening: settings for all layers, of which each chooses by its kind what is ``None`` in them; or a function of
-            path and layer that returns settings. ``None`` for the defaults.
+        whitening: settings for all layers, in which ``None`` is chosen by the kind of layer; or a function of path and
+            layer that returns settings. ``None`` for the defaults.
         include, exclude, rules: see :func:`netdeconv.plan_conversion`.
-        example: one batch, whose values do not matter: a tensor; of a list or tuple the first entry is taken, as data
-            loaders give ``(images, labels)``; a mapping is passed by keyword.
-        preserve: batches to be run through the model: a tensor, or an iterable of batches as for ``example``. They show
-            all that an example does.
-        call: how a batch is run, ``call(model, batch)``, where the above does not fit.
+        example: one batch, whose values do not matter: a tensor; a list or tuple, of which the first entry is passed,
+            as data loaders give ``(images, labels)``; or a mapping, passed by keyword.
+        preserve: batches to run through the model: a tensor, or an iterable of batches like ``example``, which is not
+            needed then.
+        call: how to run a batch, ``call(model, batch)``, where the above does not fit.
 
     Raises:
         ConfigError: see :func:`netdeconv.plan_conversion`; also a model that cannot be copied, or no data.
         NumericalError: with ``preserve``, the result does not compute what the old model does.
 
     Warns:
-        UserWarning: batch norms are left that nobody asked to leave; with ``preserve``, also layers; all layers are
-            frozen. From the new model, when it first runs: what was changed then.
+        UserWarning: batch norms are left without being excluded; with ``preserve``, also layers; all layers are
+            frozen. From the new model, when it first runs: what it changed.
 
     Example:
         >>> import netdeconv
@@ -97,27 +98,25 @@ def plan_conversion(
     preserve: Any = None,
     call: Callable[[nn.Module, Any], Any] | None = None,
 ) -> ConversionPlan:
-    """What :func:`netdeconv.convert` would do to every module of a model, and why; nothing is touched.
+    """What :func:`netdeconv.convert` would do to every module of a model, and why; the model is not changed.
 
-    Left as they are, with the reason in the plan: layers whose weights something else reads (attention projections of
-    ``torch.nn.MultiheadAttention``, say), subclasses with a forward of their own, parametrised, quantised, lazy
-    and transposed layers, frozen ones, 1x1 convolutions behind a global pooling, layers that feed several batch norms,
-    one here and one there; and the batch norms of all these and of layers that are no torch layers, as no whitening
-    takes their place. Without ``example``, batch norms wait for the first forward where the module tree leaves it open
-    what feeds them.
+    Left as they are, with the reason in the plan: layers whose weight is read elsewhere (such as the projections of
+    ``torch.nn.MultiheadAttention``), subclasses with a forward of their own, parametrised, quantised, lazy, transposed
+    and frozen layers, 1x1 convolutions behind a global pooling, layers that feed several batch norms in different
+    calls; and the batch norms of all these and of layers that are not torch's, as no whitening takes their place.
+    Without ``example``, batch norms wait for the first forward where the module tree does not show what feeds them.
 
     Args:
         model: any module.
-        whitening: as in :func:`netdeconv.convert`. The published procedure whitens behind a global pooling, too.
+        whitening: as in :func:`netdeconv.convert`. The paper's procedure whitens behind a global pooling, too.
         include, exclude: paths (``"layer4"``, ``"*.conv1"``) or module classes, both with everything inside, or
-            functions of path and module. All modules by default. What a path or a function of ``include`` chooses
-            itself is converted wherever that can be done, whatever was seen or guessed: also a frozen layer, or one
-            behind a global pooling (where the map is of one pixel only, it computes what the plain one does).
-        rules: for a module class a function that takes a module of it and returns plain torch modules that compute
-            the same; these are then looked at in turn. ``None`` returned leaves the module.
+            functions of path and module. All modules by default. What a path or a function of ``include`` matches
+            directly is converted wherever possible, also a frozen layer, or one behind a global pooling (which
+            computes what the plain one does while the map is one pixel).
+        rules: from a module class to a function that takes such a module and returns plain torch modules that compute
+            the same, which are then converted like any other; or ``None``, which leaves the module.
         example, preserve, call: as in :func:`netdeconv.convert`. With ``preserve`` the plan says which batch norms are
-            folded and which become a fixed scale and shift. What a run shows is known only after it, so the
-            conversion is done, on a copy, and its result dropped.
+            folded and which become a fixed scale and shift. A copy is converted to find out, and dropped.
 
     Returns:
         A :class:`ConversionPlan`; ``print`` it for the table.

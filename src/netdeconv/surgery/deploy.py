@@ -46,11 +46,10 @@ class ChannelLinear(nn.Module):
 
 @torch.no_grad()
 def fuse(model: Model) -> Model:
-    """A new model for evaluation, made of plain ``nn.ConvNd`` and ``nn.Linear``, that gives the same output.
+    """A copy of a model for evaluation, of plain ``nn.ConvNd`` and ``nn.Linear``, with the same output.
 
-    Mean and root are folded into the weights once and for all, so that it costs what any network of its
-    shape costs, in any runtime. Memory format, device, dtype, ``requires_grad`` and hooks stay. A model without
-    whitened layers is copied. The old model is untouched; to train further, keep it.
+    Running statistics are folded into the weights. The copy needs nothing of this package, and cannot be trained on as
+    a whitened network: keep the old one for that. Memory format, device, dtype, ``requires_grad`` and hooks are kept.
 
     Raises:
         ConfigError: the model, or a whitened layer in it, is in training mode; a layer with a forward of its own, or

@@ -1,4 +1,4 @@
-"""What is chosen to be converted, and what a conversion will do, as a table that can be read before it is done."""
+"""Which modules to convert, and what a conversion will do to each, as a table to read beforehand."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Action(enum.Enum):
     FOLD = "fold"  # the batch norm goes into the layer before it
     AFFINE = "affine"  # the batch norm becomes a fixed scale and shift
     REWRITE = "rewrite"  # the module becomes plain torch modules, which are then looked at in turn
-    WAIT = "wait"  # the batch norm stays until the first forward of the converted model shows what becomes of it
-    LEAVE = "leave"  # would be converted, but cannot be, or was not wanted
-    KEEP = "keep"  # nothing that the conversion is about
+    WAIT = "wait"  # the first forward of the converted model decides about the batch norm
+    LEAVE = "leave"  # cannot be converted, or was excluded
+    KEEP = "keep"  # neither a layer nor a batch norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Entry:
         aliases: further paths of the same module.
         asked: the user asked for this to be left (``include``, ``exclude``, ``rules``).
         norm: the module is a batch norm.
-        build: for carrying it out, makes what takes the module's place; given the module.
+        build: from the module, makes what takes its place.
     """
 
     path: str

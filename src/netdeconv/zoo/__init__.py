@@ -39,6 +39,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "senet18": senet18,
     "efficientnet_b0": efficientnet_b0,
 }
+"""The networks by name; each takes ``num_classes`` and ``width``."""
 
 PUBLISHED_EXCLUDE: dict[str, str] = {
     "efficientnet_b0": "stages",
