@@ -81,10 +81,11 @@ def with_norm(
         norm: one of :data:`NORMS`.
         whitening: settings of :class:`netdeconv.WhiteningConfig` that differ from the norm's own; only for norms
             that are network deconvolution.
-        name: of the network. Of ``"vit"`` patches and head stay plain. The published procedure has smaller blocks for linear layers in networks of
-            torchvision. ``"nd-authors"`` leaves the batch norms of :data:`netdeconv.zoo.PUBLISHED_EXCLUDE`, and takes
-            the authors' number of Newton-Schulz steps in the first layer and inside MobileNetV2 and ResNeXt; it does
-            not freeze the first layer at times, nor change the block size inside MobileNetV2, as their code does.
+        name: of the network. Of ``"vit"`` patches and head stay plain under ``"nd"`` and ``"dbp"``. The published
+            procedure has smaller blocks for linear layers in networks of torchvision. ``"nd-authors"`` leaves the
+            batch norms of :data:`netdeconv.zoo.PUBLISHED_EXCLUDE`, and takes the authors' number of Newton-Schulz
+            steps in the first layer and inside MobileNetV2 and ResNeXt; it does not freeze the first layer at times,
+            nor change the block size inside MobileNetV2, as their code does.
 
     Raises:
         ConfigError: unknown norm or setting, or a setting that cannot apply.
@@ -176,7 +177,7 @@ def _decorrelated(model: nn.Module, whitening: dict[str, Any], name: str) -> nn.
     }
     new = _swapped(model, lambda child: _like(child, kinds))
     for path in _PLAIN.get(name, ()):
-        new.set_submodule(path, copy.deepcopy(model.get_submodule(path)))
+        setattr(new, path, copy.deepcopy(model.get_submodule(path)))
     return new
 
 
