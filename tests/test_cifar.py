@@ -81,6 +81,16 @@ def test_small_is_the_papers_table_on_narrow_networks() -> None:
     assert {trial.seed for trial in plan[:50]} == {0}
 
 
+def test_batch_normalisation_may_have_another_optimiser() -> None:
+    settings = CifarSettings(networks=("vgg11",), optimizer="muon", bn_rates=(0.003,), rates=(0.1,), seeds=1)
+    plan = list(planned(settings))
+    assert [(trial.norm, trial.optimizer, trial.rate) for trial in plan] == [("bn", "muon", 0.003), ("nd", "sgd", 0.1)]
+    runs = [run_of("vgg11", "bn", 0.003, 0.5, optimizer="muon"), run_of("vgg11", "nd", 0.1, 0.6, optimizer="sgd")]
+    note = cifar_report.present({"runs": runs}).tables[0].note
+    assert note.endswith("BN has Muon, without SGD's weight decay.")
+    assert "Muon" not in cifar_report.present({"runs": TWO}).tables[0].note
+
+
 def test_finished_runs_are_not_repeated(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["reproduce", "cifar", "--out", str(tmp_path), *SMALL, "--seeds", "1"]
     assert main(command) == 0

@@ -190,6 +190,11 @@ def test_the_transformer_is_whitened_in_every_layer() -> None:
     new = with_norm(net, "nd")
     layers = [module for module in new.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     assert len(layers) == 1 + 6 * 4 + 1 and all(map(is_whitened, layers))
+    for norm, kinds in (("nd", (WhitenedConv2d, WhitenedLinear)), ("dbp", (DecorrelatedConv2d, DecorrelatedLinear))):
+        named = with_norm(net, norm, name="vit")
+        paths = [path for path, module in named.named_modules() if isinstance(module, kinds)]
+        assert len(paths) == 6 * 4 and all(path.startswith("blocks.") for path in paths)
+        assert type(named.get_submodule("head")) is nn.Linear
     assert [type(m) for m in new.modules() if "Norm" in type(m).__name__] == [nn.LayerNorm] * 13
     new(torch.randn(8, 1, 8, 8)).sum().backward()
     assert all(parameter.grad is not None for parameter in new.parameters())

@@ -217,6 +217,33 @@ def test_half_precision_keeps_statistics_in_single(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_channels_last_stays_so(name: str) -> None:
+    layer, x = LAYERS[name](dtype=torch.float64), correlated(8, 4, 5, 6)
+    twin = copy.deepcopy(layer).to(memory_format=torch.channels_last)
+    for _ in range(2):
+        expected, found = layer(x), twin(x.contiguous(memory_format=torch.channels_last))
+        close(found, expected)
+        assert expected.is_contiguous() and found.is_contiguous(memory_format=torch.channels_last)
+        found.square().sum().backward()
+    for key, value in layer.state_dict().items():
+        close(twin.state_dict()[key], value)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_gpu_computes_the_same(name: str) -> None:
+    layer, x = LAYERS[name](dtype=torch.float64), correlated(8, 4, 5, 6)
+    twin = copy.deepcopy(layer).cuda()
+    for _ in range(2):
+        expected, found = layer(x), twin(x.cuda())
+        close(found.cpu(), expected, atol=1e-9)  # sums in another order
+        found.square().sum().backward()
+    for key, value in layer.state_dict().items():
+        close(twin.state_dict()[key].cpu(), value, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_compiled_in_one_graph(name: str) -> None:
     """Two training steps, state included; aot_eager traces everything, and compiles nothing."""
     layer, x = LAYERS[name](dtype=torch.float64), correlated(8, 4, 5, 5)

@@ -181,6 +181,9 @@ def test_muon_goes_on_and_bears_channels_last() -> None:
         optimizer.param_groups[0]["lr"] /= 2
         steps(one, optimizer, 1)
     assert same(other, again)
+    second.param_groups[0]["lr"] = 0.0  # as a schedule ends
+    steps(again, second, 1)
+    assert same(other, again)
 
 
 def test_methods_by_name() -> None:

@@ -87,7 +87,7 @@ def test_export_takes_a_folder_or_a_checkpoint(run: Path, tmp_path: Path, capsys
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("norm", ["gn", "ln", "in", "none", "nd-authors"])
+@pytest.mark.parametrize("norm", ["gn", "ln", "in", "none", "nd-authors", "iternorm", "dbp", "swbn", "gn+ws"])
 def test_export_takes_every_norm_and_one_channel(norm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package)

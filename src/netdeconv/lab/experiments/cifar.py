@@ -50,7 +50,9 @@ class CifarSettings:
     seeds: int = option(2, "trainings at every rate")
     batch_size: int = option(128, "images in a training batch")
     weight_decay: float = option(1e-3, "of SGD")
-    optimizer: str = option("sgd", "of batch normalisation; the others have SGD", choices=tuple(OPTIMIZERS))
+    optimizer: str = option(
+        "sgd", "of batch normalisation, whose rates are then others; the rest has SGD", choices=tuple(OPTIMIZERS)
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -12,6 +12,7 @@ from netdeconv.lab.experiments.cifar_picture import draw
 from netdeconv.lab.experiments.comparison import accuracy_cell, best_rate, by_rate, finals, grouped, loss_cell
 from netdeconv.lab.experiments.experiment import Picture, Presentation
 from netdeconv.lab.norms import NORMS
+from netdeconv.lab.optimizers import OPTIMIZERS
 from netdeconv.lab.report import Table
 
 __all__ = ["PAPER_RATE", "present"]
@@ -110,6 +111,8 @@ def _accuracy_table(group: Group) -> Table:
         "each network, at one rate for all networks, the best on average. Width is the factor on the channels; the "
         "published values are of the full width, so that only the differences compare."
     )
+    optimizers = {run.get("optimizer", "sgd") for run in group.runs if run["norm"] == "bn"} - {"sgd"}
+    note += "".join(f" BN has {OPTIMIZERS[name]}, without SGD's weight decay." for name in sorted(optimizers))
     title = f"{group.title}: test accuracy"
     return Table([*columns, "published BN / ND, full width"], [*rows, *means], title=title, note=note)
 

@@ -49,7 +49,7 @@ class _Decorrelated(nn.Module):
                 with torch.no_grad():
                     r = self._learned(r, self._patches(x).to(kept))
                     self.decorrelation.copy_(r)  # r itself is kept for backward
-            rows = self.weight.to(kept).view(self.in_groups, -1, r.shape[2])
+            rows = self.weight.to(kept).reshape(self.in_groups, -1, r.shape[2])
             return torch.bmm(rows, r).view_as(self.weight).to(self.weight.dtype)
 
     def _learned(self, r: Tensor, patches: Tensor) -> Tensor:

@@ -111,6 +111,7 @@ def channels_first(x: Tensor) -> Tensor:
 
 
 def channels_back(rows: Tensor, like: Tensor) -> Tensor:
-    """``(C, rows)``, in whatever grouping of C, to the shape and dtype of ``like``."""
-    shape = (like.shape[1], like.shape[0], *like.shape[2:])
-    return rows.view(shape).transpose(0, 1).to(like.dtype)
+    """``(C, rows)``, in whatever grouping of C, to the shape, dtype and memory format of ``like``."""
+    last = like.dim() == 4 and like.is_contiguous(memory_format=torch.channels_last)
+    x = rows.view(like.shape[1], like.shape[0], *like.shape[2:]).transpose(0, 1).to(like.dtype)
+    return x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
