@@ -26,8 +26,11 @@ CASES: dict[str, tuple[Any, tuple[int, ...]]] = {
     "depthwise": (lambda: WhitenedConv2d(6, 12, 3, padding=1, groups=6), (4, 6, 5, 5)),
     "1d": (lambda: WhitenedConv1d(3, 4, 3, padding=1), (5, 3, 11)),
     "3d": (lambda: WhitenedConv3d(3, 4, (1, 3, 3), padding=(0, 1, 1)), (2, 3, 3, 5, 4)),
+    "one column": (lambda: WhitenedConv2d(5, 6, (3, 1)), (4, 5, 6, 1)),
+    "one row": (lambda: WhitenedConv2d(5, 6, (1, 3), padding=(0, 1)), (4, 5, 1, 6)),
     "some images": (lambda: WhitenedConv2d(2, 3, 3, padding=1), (48, 2, 17, 16)),
 }
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 EXACT = {"rtol": 2e-5, "atol": 2e-5}
 
 
@@ -41,7 +44,8 @@ def layer_of(make: Any, *, last: bool = False) -> Any:
     layer = make()
     with torch.no_grad():
         layer.weight.mul_(3)
-    return layer.to(memory_format=torch.channels_last) if last and layer.weight.dim() == 4 else layer
+    dims = layer.weight.dim()
+    return layer.to(memory_format=LAST[dims]) if last and dims in LAST else layer
 
 
 def batch(shape: tuple[int, ...], seed: int, *, last: bool = False) -> Tensor:
@@ -49,7 +53,7 @@ def batch(shape: tuple[int, ...], seed: int, *, last: bool = False) -> Tensor:
     x = torch.randn(shape, generator=generator)
     x = x * (1 + torch.arange(shape[1])).reshape(-1, *[1] * (len(shape) - 2)) ** 0.5 + 0.7
     x[:, -1] *= 0.01  # below the least variance, where there are several
-    return x.contiguous(memory_format=torch.channels_last) if last and len(shape) == 4 else x
+    return x.contiguous(memory_format=LAST[len(shape)]) if last and len(shape) in LAST else x
 
 
 def step(layer: Any, x: Tensor, *, by_kernels: bool, needs: bool = True, autocast: bool = False) -> list[Tensor]:
@@ -62,7 +66,7 @@ def step(layer: Any, x: Tensor, *, by_kernels: bool, needs: bool = True, autocas
         x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(needs)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             y = layer(x)
-        along = torch.randn(y.shape, generator=torch.Generator().manual_seed(7))
+        along = torch.randn(y.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(7))
         (y.float() * along).sum().backward()
     finally:
         on_gpu._interpreted = before
@@ -206,8 +210,103 @@ def test_checkpointing_repeats_the_step() -> None:
     assert int(ours.whitening.num_steps) == int(plain.whitening.num_steps)
 
 
-def test_double_precision_and_other_layouts_have_none() -> None:
+@pytest.mark.parametrize(
+    "turned",
+    [lambda x: x.transpose(2, 3), lambda x: x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).unsqueeze(-1)],
+    ids=["contiguous", "channels last"],
+)
+def test_a_dimension_of_one_entry_has_any_stride(turned: Any) -> None:
+    ours, theirs = trained(*CASES["one column"])
+    x = turned(batch((4, 5, 1, 6), 20))
+    assert x.shape == (4, 5, 6, 1)
+    assert x.stride(3) != x.stride(2)
+    assert on_gpu.kernels_for(x) is kernels
+    assert_same(step(ours, x, by_kernels=True), step(theirs, x, by_kernels=False))
+    assert_same_state(ours, theirs)
+
+
+@pytest.mark.parametrize("last", [(True, False), (False, True)], ids=["weight last", "x last"])
+def test_weight_and_x_in_different_layouts(last: tuple[bool, bool]) -> None:
+    make, shape = CASES["3x3"]
+    ours, theirs = trained(make, shape, last=last[0])
+    x = batch(shape, 20, last=last[1])
+    assert_same(step(ours, x, by_kernels=True), step(theirs, x, by_kernels=False))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["3x3", "grouped"])
+def test_half_precision_models(case: str, dtype: torch.dtype) -> None:
+    make, shape = CASES[case]
+    exact, _ = trained(make, shape)
+    layers = [copy.deepcopy(exact).to(dtype) for _ in range(2)]
+    x = batch(shape, 20).to(dtype)
+    found, expected = (step(layer, x, by_kernels=bool(k)) for k, layer in enumerate(layers))
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.dtype == other.dtype == dtype
+        torch.testing.assert_close(mine.float(), other.float(), rtol=0.05, atol=0.05 * float(other.abs().max()))
+    assert_same_state(*layers, rtol=0.02, atol=0.02)
+
+
+def test_another_default_dtype() -> None:
+    make, shape = CASES["3x3"]
+    ours, theirs = trained(make, shape)
+    x = batch(shape, 20)
+    expected = step(theirs, x, by_kernels=False)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert_same(step(ours, x, by_kernels=True), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_several_gradients_at_once() -> None:
+    make, shape = CASES["3x3"]
+    ours, theirs = trained(make, shape)
+    found = []
+    for layer, interpreted in ((ours, on_gpu._interpreted), (theirs, lambda: False)):
+        before, on_gpu._interpreted = on_gpu._interpreted, interpreted  # type: ignore[assignment]
+        try:
+            x = batch(shape, 20).requires_grad_()
+            y = layer(x)
+            along = torch.randn(3, *y.shape, generator=torch.Generator().manual_seed(7))
+            found.append(torch.autograd.grad(y, [x, layer.weight], along, is_grads_batched=True))
+        finally:
+            on_gpu._interpreted = before
+    assert_same(list(found[0]), list(found[1]))
+
+
+def test_a_refresh_without_a_root_changes_nothing() -> None:
+    config = WhiteningConfig(max_samples=8)
+    ours, theirs = trained(lambda: WhitenedConv2d(3, 4, 1, whitening=config), (4, 3, 6, 6))
+    for layer in (ours, theirs):
+        step(layer, batch((4, 3, 6, 6), 20), by_kernels=False)
+    x = torch.full((4, 3, 6, 6), 2.0)
+    x[0, :, 2, 3] = 2.01  # which the sample does not see
+    assert ours.whitening.clock.due
+    found = step(ours, x, by_kernels=True)
+    with pytest.warns(NonFiniteWarning):
+        assert_same(found, step(theirs, x, by_kernels=False))
+    assert int(ours.whitening.num_skipped) == 1
+    assert_same_state(ours, theirs)
+
+
+def test_versions_tell_of_what_was_written() -> None:
+    make, shape = CASES["3x3"]
+    ours, _ = trained(make, shape)
+    whitening = ours.whitening
+    written = (whitening.running_mean, whitening.running_var, whitening.num_steps, whitening.num_skipped)
+    before = [buffer._version for buffer in written]
+    step(ours, batch(shape, 20), by_kernels=True)
+    assert all(buffer._version > version for buffer, version in zip(written, before, strict=True))
+
+
+def test_what_has_none() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
     x = torch.randn(4, 5, 6, 7)
     assert on_gpu.kernels_for(x) is kernels
-    for other in (x.double(), x.transpose(2, 3), x[:, ::2], x[:0]):
+    for other in (x.double(), x.transpose(2, 3), x[:, ::2], x[:0], x.to("meta")):
         assert on_gpu.kernels_for(other) is None
+    with FakeTensorMode() as mode:
+        assert on_gpu.kernels_for(mode.from_tensor(x)) is None
+    assert on_gpu.kernels_for(mode.from_tensor(x)) is None

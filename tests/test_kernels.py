@@ -13,7 +13,7 @@ import torch
 
 from netdeconv.functional import on_gpu
 
-HERE = Path(__file__).parent
+HERE, CPU = Path(__file__).parent, torch.device("cpu")
 
 
 def test_the_kernels_compute_what_the_operators_do(request: pytest.FixtureRequest) -> None:
@@ -35,20 +35,27 @@ def test_the_kernels_compute_what_the_operators_do(request: pytest.FixtureReques
 
 @pytest.fixture
 def fresh() -> Iterator[None]:
-    on_gpu.kernels.cache_clear()
+    on_gpu.available_kernels.cache_clear()
     yield
-    on_gpu.kernels.cache_clear()
+    on_gpu.available_kernels.cache_clear()
 
 
 def test_they_can_be_switched_off(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NETDECONV_KERNELS", "0")
-    assert on_gpu.kernels() is None
+    assert on_gpu.available_kernels(CPU) is None
 
 
 def test_without_triton_there_are_none(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "netdeconv.functional.kernels", raising=False)
-    assert on_gpu.kernels() is None
+    assert on_gpu.available_kernels(CPU) is None
+
+
+def test_a_triton_that_cannot_launch_is_reported_once(fresh: None) -> None:
+    pytest.importorskip("triton", reason="Triton comes with torch on Linux only")
+    with pytest.warns(UserWarning, match="expected Triton to run on cpu, got"):  # which it does not, uninterpreted
+        assert on_gpu.available_kernels(CPU) is None
+    assert on_gpu.available_kernels(CPU) is None
 
 
 def test_a_cpu_has_none() -> None:

@@ -205,9 +205,9 @@ class Blocks:
         return rows.sum(1).reshape(-1, self.taps).sum(1)
 
     def times_channels(self, rows: Tensor, value: Tensor, *, in_place: bool = False) -> Tensor:
-        """``(groups, rows, group_features)`` times a number of every channel.
+        """``(groups, rows, group_features)`` times a number of every channel, or a row of them for each group.
 
         Written out for every tap, as torch multiplies by a row several times as fast as by a broadcast column of it.
         """
-        each = self.of_channels(value).unsqueeze(1)
+        each = value if value.dim() == 3 else self.of_channels(value).unsqueeze(1)
         return rows.mul_(each) if in_place else rows * each

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from netdeconv.functional.scale import LEAST_SHARE, some_images
 
-__all__ = ["Buffers", "Look", "add_gradient_of_scale", "folded", "gradient_of_product", "look"]
+__all__ = ["Buffers", "Look", "add_gradient_of_scale", "folded", "gradient_of_product", "look", "try_out"]
 
 _TILE = 4096  # numbers that a program holds at once
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -41,12 +41,14 @@ class Buffers(NamedTuple):
 
 
 class Look(NamedTuple):
-    """What :func:`look` makes of a batch: scale, what its slope needs, and whether the batch counts (0-dim)."""
+    """What :func:`look` makes of a batch: scale, what its slope needs (:class:`~netdeconv.functional.Slope`), the
+    variance that the scale is of, and whether the batch counts (0-dim)."""
 
     scale: Tensor
     mean: Tensor
     own: Tensor
     common: Tensor
+    var: Tensor
     counts: Tensor
 
 
@@ -60,9 +62,9 @@ def look(
     max_rows: int | None,
     eps: float,
     several: bool,
-    count: bool,
+    remember: bool,
 ) -> Look:
-    """Variance and scale of every channel; the running values and counters are brought up to date.
+    """Variance and scale of every channel; on request, the running values and counters are brought up to date.
 
     A batch that is not finite, varies nowhere, or is one of several that is not, counts for nothing: scale and mean are
     the running ones then, and the slope is zero.
@@ -76,7 +78,7 @@ def look(
         max_rows: as :func:`netdeconv.functional.channel_variance` takes it.
         eps: the smallest variance that a channel is divided by.
         several: whether there is more than one row.
-        count: whether ``num_steps`` is counted on.
+        remember: whether the buffers are changed.
     """
     some = some_images(x, max_rows)
     channels, taps = x.shape[1], len(mean) // x.shape[1]
@@ -86,23 +88,23 @@ def look(
     block_r = max(16, _TILE // block_c) if geometry.channels_last else 512
     chunks = _pieces(channels, block_c)
     parts = _power(max(1, min(64, _pieces(rows, block_r), _PARTIAL // channels, _pieces(512, chunks))) + 1) // 2
-    partial = torch.empty(parts, 2, channels, device=x.device)
+    partial = torch.empty(parts, 2, channels, dtype=torch.float32, device=x.device)
     each = _pieces(_pieces(rows, parts), block_r) * block_r
     _sums[(chunks, parts)](
         some, mean, partial, rows, geometry.positions, channels, *geometry.strides, taps, taps // 2, each,
         BLOCK_R=block_r, BLOCK_C=block_c,
     )  # fmt: skip
-    found = torch.empty(4, channels, device=x.device)
+    found = torch.empty(5, channels, dtype=torch.float32, device=x.device)
     counts = torch.empty((), dtype=torch.bool, device=x.device)
     numbers = torch.finfo(torch.float32)
     most = min(torch.finfo(buffers.running_var.dtype).max, numbers.max)
     _judge[(1,)](
         partial, mean, *buffers, found, counts, channels, taps, rows, share, eps, max(eps, numbers.tiny), most,
-        (64 * numbers.eps) ** 2, LEAST_SHARE, several, share_of_first, count,
+        (64 * numbers.eps) ** 2, LEAST_SHARE, several, share_of_first, remember,
         PARTS=parts, BLOCK=_power(channels), CHUNK=_TILE, num_warps=8,
     )  # fmt: skip
-    scale, about, own, common = found.unbind()
-    return Look(scale, about, own, common, counts)
+    scale, about, own, common, var = found.unbind()
+    return Look(scale, about, own, common, var, counts)
 
 
 def folded(
@@ -130,11 +132,12 @@ def gradient_of_product(
 ) -> tuple[Tensor, Tensor]:
     """The gradient of ``D w``, and of every feature, ``(groups * features,)``, that by the logarithm of its factor.
 
-    Shapes: grad_weight as the weight, grad_shifted ``(out,)``, product as :func:`folded` takes it -> that of product.
+    Shapes: grad_weight as the weight, contiguous or channels last, grad_shifted ``(out,)``, product as :func:`folded`
+    takes it -> that of product.
     """
     groups, out, features = product.shape
     total = torch.empty_like(product)
-    along = torch.empty(groups * features, device=product.device)
+    along = torch.empty(groups * features, dtype=torch.float32, device=product.device)
     block_f = min(32, _power(features))
     _unfold[(_pieces(features, block_f), groups)](
         grad_weight, grad_shifted, product, scale, mean, total, along, features, features // grad_weight.shape[1], out,
@@ -149,7 +152,7 @@ def add_gradient_of_scale(grad_x: Tensor, x: Tensor, along: Tensor, found: Seque
     Shapes: along as :func:`gradient_of_product` gives it; found are the first four of :class:`Look`.
     """
     channels = x.shape[1]
-    lines = torch.empty(2, channels, device=x.device)
+    lines = torch.empty(2, channels, dtype=torch.float32, device=x.device)  # factor and summand of every channel
     _slope[(1,)](along, *found, lines, channels, len(along) // channels, BLOCK=_power(channels))
     some, part = some_images(x, max_rows), some_images(grad_x, max_rows)
     from_x, to = _geometry(some), _geometry(part)
@@ -159,6 +162,16 @@ def add_gradient_of_scale(grad_x: Tensor, x: Tensor, along: Tensor, found: Seque
     _along[(_pieces(rows, block_r), _pieces(channels, block_c))](
         part, some, lines, rows, to.positions, channels, *to.strides, *from_x.strides, BLOCK_R=block_r, BLOCK_C=block_c
     )
+
+
+def try_out(device: torch.device) -> None:
+    """Launch something.
+
+    Raises:
+        Exception: of whatever kind, as Triton cannot.
+    """
+    ones = torch.ones(1, dtype=torch.float32, device=device)
+    _slope[(1,)](ones, ones, ones, ones, ones, torch.empty_like(ones).expand(2).clone(), 1, 1, BLOCK=1)
 
 
 class _Geometry(NamedTuple):
@@ -173,13 +186,18 @@ def _geometry(x: Tensor) -> _Geometry:
     positions = math.prod(x.shape[2:])
     strides = x.stride()
     last = x.dim() > 2 and strides[1] == 1 and x.shape[1] > 1
-    return _Geometry(x.shape[0], positions, (strides[0], strides[-1] if positions > 1 else 1, strides[1]), last)
+    return _Geometry(x.shape[0], positions, (strides[0], _distance(x), strides[1]), last)
 
 
 def _of_weight(weight: Tensor) -> tuple[int, int]:
     """Distance of channels and of taps; taps lie at even distances."""
-    strides = weight.stride()
-    return strides[1], strides[-1] if weight.dim() > 2 else 1
+    return weight.stride(1), _distance(weight)
+
+
+def _distance(x: Tensor) -> int:
+    """Of neighbours in space; a dimension of one entry has any stride."""
+    along = zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True)
+    return next((stride for length, stride in along if length > 1), 1)
 
 
 def _pieces(number: int, size: int) -> int:
@@ -206,7 +224,7 @@ def _sums(
     start = tl.program_id(1) * each
     for row in range(start, start + each, BLOCK_R):
         r = row + tl.arange(0, BLOCK_R)
-        at = (r // positions).to(tl.int64) * stride_n + (r % positions) * stride_s
+        at = (r // positions).to(tl.int64) * stride_n + (r % positions).to(tl.int64) * stride_s
         here = (r < rows)[:, None] & inside[None, :]
         value = tl.load(x + at[:, None] + c[None, :].to(tl.int64) * stride_c, mask=here, other=0.0).to(tl.float32)
         away = tl.where(here, value - middles[None, :], 0.0)
@@ -220,10 +238,14 @@ def _sums(
 @triton.jit
 def _judge(
     partial, mean, running_mean, running_var, num_steps, num_skipped, num_updates, found, counts, channels, taps, rows,
-    share, eps, smallest, most, tolerance, least_share, several, share_of_first, count,
+    share, eps, smallest, most, tolerance, least_share, several, share_of_first, remember,
     PARTS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Add up, decide whether the batch counts, and remember it; one program for the layer."""
+    """Add up, decide whether the batch counts, and remember it; one program for the layer.
+
+    As :func:`netdeconv.functional.what_varies` and ``scale_and_slope`` do, and :mod:`netdeconv.nn.averages`: a change
+    there is one here.
+    """
     c = tl.arange(0, BLOCK)
     inside = c < channels
     at = tl.arange(0, PARTS)[:, None] * (2 * channels) + c[None, :]
@@ -254,18 +276,21 @@ def _judge(
     tl.store(found + channels + c, own_mean, mask=inside)
     tl.store(found + 2 * channels + c, own, mask=inside)
     tl.store(found + 3 * channels + c, common, mask=inside)
+    tl.store(found + 4 * channels + c, used, mask=inside)
     tl.store(counts, good)
-    new = tl.where(good, running + weight * (tl.minimum(var, most) - running), running)
-    tl.store(running_var + c, new.to(running_var.dtype.element_ty), mask=inside)
     for start in range(0, features, CHUNK):
         f = start + tl.arange(0, CHUNK)
-        value = tl.load(mean + f, mask=f < features, other=0.0)
         old = tl.load(running_mean + f, mask=f < features, other=0.0).to(tl.float32)
-        value = tl.where(good, value, old)
+        value = tl.where(good, tl.load(mean + f, mask=f < features, other=0.0), old)
         tl.store(mean + f, value, mask=f < features)
-        tl.store(running_mean + f, (old + weight * (value - old)).to(running_mean.dtype.element_ty), mask=f < features)
-    tl.store(num_steps, tl.load(num_steps) + tl.where(count != 0, 1, 0))
-    tl.store(num_skipped, tl.load(num_skipped) + tl.where(good, 0, 1))
+        if remember:
+            new_mean = old + weight * (value - old)
+            tl.store(running_mean + f, new_mean.to(running_mean.dtype.element_ty), mask=f < features)
+    if remember:
+        new = tl.where(good, running + weight * (tl.minimum(var, most) - running), running)
+        tl.store(running_var + c, new.to(running_var.dtype.element_ty), mask=inside)
+        tl.store(num_steps, tl.load(num_steps) + 1)
+        tl.store(num_skipped, tl.load(num_skipped) + tl.where(good, 0, 1))
 
 
 @triton.jit
@@ -345,7 +370,7 @@ def _along(
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = c < channels
     here = (r < rows)[:, None] & inside[None, :]
-    image, position = (r // positions).to(tl.int64), r % positions
+    image, position = (r // positions).to(tl.int64), (r % positions).to(tl.int64)
     to = grad_x + (image * to_n + position * to_s)[:, None] + c[None, :].to(tl.int64) * to_c
     at = x + (image * from_n + position * from_s)[:, None] + c[None, :].to(tl.int64) * from_c
     value = tl.load(at, mask=here, other=0.0)

@@ -14,7 +14,7 @@ from netdeconv.functional.precision import without_autocast
 from netdeconv.functional.scale import varies
 from netdeconv.functional.tracing import cached_constant
 
-__all__ = ["pooled", "usable", "whitened_linear"]
+__all__ = ["pooled", "range_of_variance", "usable", "whitened_linear"]
 
 
 def whitened_linear(
@@ -49,11 +49,16 @@ def whitened_linear(
 
 def usable(mean: Tensor, cov: Tensor, root: Tensor, eps: float) -> Tensor:
     """Whether there is a root of this covariance: all is finite, something varies, and squares are in range."""
-    var, numbers = cov.diagonal(), torch.finfo(cov.dtype)
-    largest, features = var.amax() + eps, len(var)
-    in_range = (largest > features * numbers.tiny**0.5) & (largest < numbers.max**0.5 / features)
+    var = cov.diagonal()
+    largest, (least, most) = var.amax() + eps, range_of_variance(len(var), cov.dtype)
     finite = (mean.abs().amax() < math.inf) & (root.abs().amax() < math.inf)
-    return finite & in_range & varies(var, pooled(mean, features).square())
+    return finite & (largest > least) & (largest < most) & varies(var, pooled(mean, len(var)).square())
+
+
+def range_of_variance(features: int, dtype: torch.dtype) -> tuple[float, float]:
+    """Between which the largest variance has to be, so that the norm of the covariance can be squared."""
+    numbers = torch.finfo(dtype)
+    return features * numbers.tiny**0.5, numbers.max**0.5 / features
 
 
 def pooled(mean: Tensor, block: int) -> Tensor:
@@ -115,14 +120,12 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         of_root = (of_root + of_root.T).mul_(0.5)
         of_a = chebyshev_gradient(of_root, kept[:count], kept[count:], num_iters).mul_(norm.rsqrt())
         # a is divided by its norm, and the root by the norm's root: both pull on the norm.
-        of_norm = torch.dot(of_a.flatten(), a.flatten()) + torch.dot(of_root.flatten(), root.flatten()).mul_(0.5)
+        of_norm = (of_a * a).sum() + (of_root * root).sum() * 0.5
         of_cov = of_a.addcmul_(a, of_norm, value=-1).div_(norm)
-        if counts is not None:
-            of_cov = torch.where(counts, of_cov, torch.zeros_like(of_cov))
         straight, part = torch.mm(grad, folded).reshape(-1, block), centred.reshape(-1, block)
-        grad_x = torch.addmm(straight, part, of_cov, alpha=2 / len(part)).reshape(centred.shape)
-        of_mean = grad_x.mean(0)
-        grad_x.sub_(of_mean if counts is None else of_mean * counts)
+        own = torch.addmm(straight, part, of_cov, alpha=2 / len(part)).reshape(centred.shape)
+        own = own - own.mean(0)
+        grad_x = own if counts is None else torch.where(counts, own, straight.reshape(centred.shape))
     return grad_x, grad_weight, grad.sum(0) if for_bias else None
 
 

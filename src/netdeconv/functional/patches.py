@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from netdeconv.functional.precision import at_least_float32, without_autocast
+from netdeconv.functional.scale import mean_over
 from netdeconv.functional.tracing import cached_constant
 
 if TYPE_CHECKING:
@@ -112,11 +113,11 @@ def mean_patch(x: Tensor, window: Window) -> Tensor:
     dtype = at_least_float32(x.dtype)
     size, channels = x.shape[2:], x.shape[1]
     if window.sees_all_once:
-        return x.mean((0, *range(2, x.dim())), dtype=dtype)
+        return mean_over(x, [0, *range(2, x.dim())], dtype)
     turned = x if x.is_contiguous() else x.permute(0, *range(2, x.dim()), 1)
     channels_last = turned is not x and turned.is_contiguous()
     # The mean image keeps the order that x has in memory: a sum over images that jumps about is many times slower.
-    mean = (turned if channels_last else x).mean(0, dtype=dtype)
+    mean = mean_over(turned if channels_last else x, [0], dtype)
     with without_autocast(x.device.type):
         if window.taps * math.prod(size) <= _SMALL:
             shares = _map_shares(window, tuple(size), dtype, x.device)

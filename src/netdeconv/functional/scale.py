@@ -15,6 +15,7 @@ __all__ = [
     "along_channels",
     "channel_variance",
     "least_variance",
+    "mean_over",
     "scale_of",
     "some_images",
     "varies",
@@ -40,15 +41,19 @@ def channel_variance(x: Tensor, *, max_rows: int | None = None) -> tuple[Tensor,
     count = some.numel() // max(1, x.shape[1])
     with without_autocast(x.device.type):
         some = as_dtype(some, at_least_float32(x.dtype))
-        if traced() or not count:
-            mean = some.mean(dims)
-            return mean, (some - along_channels(mean, x)).square().mean(dims), count
-        one = _one_over(count, some.dtype, some.device)  # a number of Python's takes two operators more
-        mean = some.sum(dims) * one  # with gradient: second gradients need it, and variances joined over processes
+        mean = mean_over(some, dims)  # with gradient: second gradients need it, and variances joined over processes
         centred = some - along_channels(mean, x)
-        recorded = torch.is_grad_enabled() and x.requires_grad
-        squares = centred * centred if recorded else centred.mul_(centred)
-        return mean, squares.sum(dims) * one, count
+        recorded = traced() or (torch.is_grad_enabled() and x.requires_grad)
+        return mean, mean_over(centred * centred if recorded else centred.mul_(centred), dims), count
+
+
+def mean_over(x: Tensor, dims: list[int], dtype: torch.dtype | None = None) -> Tensor:
+    """``x.mean(dims, dtype=dtype)``, in fewer operators."""
+    dtype = x.dtype if dtype is None else dtype
+    count = math.prod([x.shape[dim] for dim in dims])  # a list, as the compiler takes no generator
+    if traced() or not count:
+        return x.mean(dims, dtype=dtype)
+    return x.sum(dims, dtype=dtype) * _one_over(count, dtype, x.device)  # a number of Python's takes two more
 
 
 @cached_constant

@@ -11,7 +11,7 @@ from torch.autograd.function import Function
 
 from netdeconv.functional.blocks import Blocks
 from netdeconv.functional.fold import fold, times_roots
-from netdeconv.functional.on_gpu import is_channels_last, kernels, kernels_for
+from netdeconv.functional.on_gpu import available_kernels, is_channels_last, kernels_for
 from netdeconv.functional.precision import as_dtype, autocasts, without_autocast
 from netdeconv.functional.scale import (
     LEAST_SHARE,
@@ -117,18 +117,19 @@ class _Step(Function):
     ) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if autocasts(kind) else x.dtype
-        launched = None if slope.common is None else kernels_for(x)  # which know numbers of every channel only
+        kernels = None if slope.common is None else kernels_for(x)  # which know numbers of every channel only
+        roots = tuple(as_dtype(root, scale.dtype) for root in roots)
         with without_autocast(kind):
-            if launched is None:
-                folded, shifted = fold(weight, bias, mean, roots, blocks, scale)
-                product = None
+            if kernels is None:
+                each, product = blocks.of_channels(scale).unsqueeze(1), None
+                folded, shifted = fold(weight, bias, mean, roots, blocks, each)
             else:
                 rows = as_dtype(weight, scale.dtype).reshape(blocks.groups, -1, blocks.group_features)
-                product = times_roots(rows, roots, blocks)
+                each, product = None, times_roots(rows, roots, blocks)
                 last = is_channels_last(x) and not x.is_contiguous()
-                folded, shifted = launched.folded(product, scale, mean, bias, weight, dtype, last)
+                folded, shifted = kernels.folded(product, scale, mean, bias, weight, dtype, last)
             y = _convolution(as_dtype(x, dtype), as_dtype(folded, dtype), as_dtype(shifted, dtype), geometry)
-        ctx.save_for_backward(x, weight, bias, mean, scale, folded, product, *roots)
+        ctx.save_for_backward(x, weight, bias, mean, scale, folded, product, each, *roots)
         ctx.rest = slope, blocks, geometry, dtype
         return y
 
@@ -141,7 +142,7 @@ class _Step(Function):
 
 def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Of x, weight and bias."""
-    x, weight, _, mean, scale, folded, product, *roots = ctx.saved_tensors
+    x, weight, _, mean, scale, folded, product, each, *roots = ctx.saved_tensors
     slope, blocks, geometry, dtype = ctx.rest
     for_x, _, for_bias, *_ = ctx.needs_input_grad
     padding_of_output = [0] * len(geometry.stride)
@@ -150,12 +151,15 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *geometry[:3], False, padding_of_output, geometry.groups, [for_x, True, True],
     )  # fmt: skip
     grad_bias = as_dtype(grad_shifted, weight.dtype) if for_bias else None
-    if product is not None:
-        total, of_features = kernels().gradient_of_product(grad_folded, grad_shifted, product, scale, mean)
+    if product is not None and not _several(grad):
+        kernels = available_kernels(x.device)
+        grad_folded = grad_folded if is_channels_last(grad_folded) else grad_folded.contiguous()
+        total, of_features = kernels.gradient_of_product(grad_folded, grad_shifted, product, scale, mean)
         if for_x:
             grad_x = as_dtype(grad_x, x.dtype)
+            grad_x = grad_x if is_channels_last(grad_x) else grad_x.contiguous()
             found = (scale, slope.mean, slope.own, slope.common)
-            kernels().add_gradient_of_scale(grad_x, x, of_features, found, slope.max_rows)
+            kernels.add_gradient_of_scale(grad_x, x, of_features, found, slope.max_rows)
         grad_weight = times_roots(total, roots, blocks).reshape(weight.shape)
         return grad_x, as_dtype(grad_weight, weight.dtype), grad_bias
     exact = scale.dtype
@@ -171,8 +175,14 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             along = blocks.sum_of_channels(total * used)
         grad_x = as_dtype(grad_x, x.dtype)
         _add_gradient_of_scale(x, grad_x, along.mul_(scale).mul_(scale), slope)
-    grad_weight = times_roots(blocks.times_channels(total, scale, in_place=True), roots, blocks).reshape(weight.shape)
+    each = scale if each is None else each
+    grad_weight = times_roots(blocks.times_channels(total, each, in_place=True), roots, blocks).reshape(weight.shape)
     return grad_x, as_dtype(grad_weight, weight.dtype), grad_bias
+
+
+def _several(grad: Tensor) -> bool:
+    """Whether it stands for several gradients, as with ``is_grads_batched``, which have no memory to look at."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad) or torch._C._functorch.is_functorch_wrapped_tensor(grad)
 
 
 def _along_scale_in_x(
@@ -206,7 +216,7 @@ def _by_parts(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """
     x, weight = (value.view_as(value) for value in ctx.saved_tensors[:2])
     bias = None if ctx.saved_tensors[2] is None else ctx.saved_tensors[2].view_as(ctx.saved_tensors[2])
-    mean, scale, _, _, *roots = ctx.saved_tensors[3:]
+    mean, scale, _, _, _, *roots = ctx.saved_tensors[3:]
     slope, blocks, geometry, dtype = ctx.rest
     _, var, _ = channel_variance(x, max_rows=slope.max_rows)
     depends = torch.as_tensor(slope.own, device=x.device) + (0 if slope.common is None else slope.common)

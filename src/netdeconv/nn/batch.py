@@ -13,7 +13,7 @@ from netdeconv.functional.tracing import traced
 from netdeconv.nn.averages import update_share
 from netdeconv.nn.estimator import Estimator
 from netdeconv.nn.refresh import all_finite, chosen
-from netdeconv.nn.running import Batch, RunningStatistics
+from netdeconv.nn.running import Batch, RunningStatistics, constant
 from netdeconv.nn.sync import Place, Share, distributed, joined_moments, share_of_channels
 
 __all__ = ["BatchStatistics"]
@@ -41,20 +41,23 @@ class BatchStatistics(RunningStatistics):
 
     def _of_batch_and_sample(self, x: Tensor, sample: Moments | None, by_hand: bool) -> tuple[Batch, Moments | None]:
         """:meth:`_of_batch`, and the moments of a sample, which those of other processes join in the same call."""
-        constant = x.detach() if x.requires_grad and torch.is_grad_enabled() else x
-        moments = self.estimator.mean_of(x if self.config.differentiable else constant)
-        channels = None if self.running_var is None else self.estimator.variance_of(constant if by_hand else x)
+        alone = x.detach() if x.requires_grad and torch.is_grad_enabled() else x
+        moments = self.estimator.mean_of(x if self.config.differentiable else alone)
+        channels = None if self.running_var is None else self.estimator.variance_of(alone if by_hand else x)
         if self._shared():
             moments, sample, channels = self._joined(moments, sample, channels)
         look = x.device.type == "cpu" and not traced()  # elsewhere, to look would mean to wait
         several = (moments.total > 1) | (not self.config.debias)  # of a single row, the mean is all there is
-        counts = all_finite((moments.mean,), look=look) & (bool(several) if look else several)
+        counts = bool(several) if look else several
+        # Where all of x has variances that are finite, so is its mean.
+        if channels is None or not look or channels[2] * x.shape[1] < x.numel():
+            counts = all_finite((moments.mean,), look=look) & counts
         if channels is None:
             return Batch(moments.mean, None, None, None, counts), sample
         channel_mean, var, count = channels
         all_above = False
         if look:
-            any_varies, all_above = what_varies(var.detach(), channel_mean.detach(), self.config.eps)
+            any_varies, all_above = what_varies(constant(var), constant(channel_mean), self.config.eps)
             counts = counts and any_varies
         else:
             counts = counts & all_finite((var,)) & varies(var, channel_mean.square())
@@ -64,29 +67,32 @@ class BatchStatistics(RunningStatistics):
             scale, slope = self.estimator.scale_of(var), None
         return Batch(moments.mean, var, scale, slope, counts), sample
 
-    def _by_kernels(self, kernels: Any, x: Tensor, *, count: bool) -> Batch:
-        """What this batch says, remembered, in two launches; see :func:`netdeconv.functional.kernels.look`.
+    def _by_kernels(self, kernels: Any, x: Tensor, *, remember: bool) -> Batch:
+        """What this batch says, in two launches, or the running values; see :func:`netdeconv.functional.kernels.look`.
 
         Args:
-            count: whether this is all that the step does.
+            remember: whether this is all that the step does, and it is counted.
         """
         assert self.running_var is not None
         config, steps, rows = self.config, self._clock.steps + 1, self.estimator.rows_for_variance(x)
         x = x.detach()
         moments = self.estimator.mean_of(x)
-        scale, about, own, common, counts = kernels.look(
+        written = (self.running_mean, self.running_var, self.num_steps, self.num_skipped)
+        scale, about, own, common, var, counts = kernels.look(
             x,
             moments.mean,
-            kernels.Buffers(self.running_mean, self.running_var, self.num_steps, self.num_skipped, self.num_updates),
+            kernels.Buffers(*written, self.num_updates),
             share=update_share(config, 1, steps, steps),
             share_of_first=self._clock.updated or (config.momentum is not None and not config.debias),
             max_rows=rows,
             eps=config.eps,
             several=moments.total > 1 or not config.debias,
-            count=count,
+            remember=remember,
         )
-        increment_version(self.running_mean)  # which torch does for its own operators
-        return Batch(moments.mean, None, scale, Slope(about, own, common, rows, config.eps), counts)
+        if remember:
+            for buffer in written:
+                increment_version(buffer)  # as torch's own operators do
+        return Batch(moments.mean, var, scale, Slope(about, own, common, rows, config.eps), counts)
 
     def _joined(
         self, moments: Moments, sample: Moments | None, channels: tuple[Tensor, Tensor, int] | None

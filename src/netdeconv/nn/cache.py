@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from netdeconv.functional.precision import as_dtype, at_least_float32, without_autocast
+from netdeconv.functional.tracing import caching_is_unsafe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ class FoldCache:
     """
 
     def __init__(self) -> None:
-        self._kept: tuple[list[Mark], Folded] | None = None
+        self._kept: tuple[list[Mark], Folded, torch.cuda.Event | None] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FoldCache, ()
@@ -49,21 +50,33 @@ class FoldCache:
 
     def folded(self, made_of: Sequence[Tensor], compute: Callable[[], Folded]) -> Folded:
         """``compute()``, or what it returned last time if none of ``made_of`` has changed since."""
-        if not all(_can_be_watched(tensor) for tensor in made_of):
+        if caching_is_unsafe() or not all(_can_be_watched(tensor) for tensor in made_of):
             return compute()
         kept = self._kept
         with without_autocast("cpu"):
             prints = [_fingerprint(tensor) for tensor in made_of]
         if kept is not None and _unchanged(made_of, prints, kept[0]):
-            return kept[1]
+            _, folded, made = kept
+            if made is not None:
+                _await(folded, made)
+            return folded
         # Aliases, so that their memory cannot be given to another tensor meanwhile.
         marks = [
             (tensor.detach(), tensor._version, seen.clone() if seen is not _NOTHING and _is_small(tensor) else seen)
             for tensor, seen in zip(made_of, prints, strict=True)
         ]
         folded = compute()
-        self._kept = marks, folded  # both at once, for other threads and in case compute() fails
+        made = torch.cuda.current_stream(folded[0].device).record_event() if folded[0].is_cuda else None
+        self._kept = marks, folded, made  # all at once, for other threads and in case compute() fails
         return folded
+
+
+def _await(folded: Folded, made: torch.cuda.Event) -> None:
+    """Let the present stream use what may have been made on another."""
+    stream = torch.cuda.current_stream(folded[0].device)
+    stream.wait_event(made)
+    for tensor in folded:
+        tensor.record_stream(stream)
 
 
 def _unchanged(made_of: Sequence[Tensor], prints: Sequence[Tensor], marks: Sequence[Mark]) -> bool:

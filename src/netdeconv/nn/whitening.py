@@ -15,7 +15,7 @@ from netdeconv.config import WhiteningConfig
 from netdeconv.errors import StatisticsError
 from netdeconv.functional import Window, what_varies, whitened_linear
 from netdeconv.functional.isqrt import solves_by_chebyshev
-from netdeconv.functional.linear_step import pooled
+from netdeconv.functional.linear_step import pooled, range_of_variance
 from netdeconv.functional.on_gpu import kernels_for
 from netdeconv.functional.precision import as_dtype, at_least_float32, autocasts
 from netdeconv.functional.tracing import batched, traced
@@ -180,13 +180,13 @@ class Whitening(BatchStatistics):
     def own_root(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The layer's output in a step that it :meth:`takes_own_root`, which is remembered; ``None`` where the rows
         have no statistics, and nothing is done: on a CPU, as to look at them elsewhere would mean to wait."""
-        config, look = self.config, x.device.type == "cpu"
+        config, look, dtype = self.config, x.device.type == "cpu", self.running_mean.dtype
         assert config.num_iters is not None
         (root_of_others,) = self._matrices("running_root")
         y, mean, cov, root, used = whitened_linear(
-            as_dtype(x, self.running_mean.dtype),
-            weight,
-            bias,
+            as_dtype(x, dtype),
+            as_dtype(weight, dtype),
+            None if bias is None else as_dtype(bias, dtype),
             eps=config.eps,
             num_iters=config.num_iters,
             block=self.blocks.parts[0][1],
@@ -204,11 +204,11 @@ class Whitening(BatchStatistics):
 
     def _have_root(self, mean: Tensor, cov: Tensor, root: Tensor) -> bool:
         """:func:`netdeconv.functional.linear_step.usable`, of numbers that may be looked at."""
-        var, numbers = cov.diagonal(), torch.finfo(cov.dtype)
-        if not (all_finite((mean, root), look=True) and what_varies(var, pooled(mean, len(var)), self.config.eps)[0]):
+        var, eps = cov.diagonal(), self.config.eps
+        if not (all_finite((mean, root), look=True) and what_varies(var, pooled(mean, len(var)), eps)[0]):
             return False
-        largest, features = float(var.max()) + self.config.eps, len(var)
-        return bool(features * numbers.tiny**0.5 < largest < numbers.max**0.5 / features)  # squares are in range
+        least, most = range_of_variance(len(var), cov.dtype)
+        return bool(least < float(var.max()) + eps < most)
 
     def look_through(self, window: Window) -> None:
         """Look at the input through another window of the same size from now on."""
@@ -275,7 +275,7 @@ class Whitening(BatchStatistics):
     def _ordinary(self, x: Tensor, by_hand: bool, checkpoint: Checkpoint | None, kernels: Any) -> Statistics:
         """Mean and scale of this batch, root of the last refresh."""
         if kernels is not None:
-            batch = self._by_kernels(kernels, x, count=True)
+            batch = self._by_kernels(kernels, x, remember=True)
         else:
             with torch.no_grad() if by_hand else contextlib.nullcontext():
                 batch = self._or_running(self._of_batch(x, by_hand))
@@ -287,21 +287,19 @@ class Whitening(BatchStatistics):
 
     def _refresh(self, x: Tensor, by_hand: bool, checkpoint: Checkpoint | None, kernels: Any) -> Statistics:
         """Mean, scale and root of this batch, or the running ones where they cannot be used."""
-        if kernels is not None:  # mean and scale are usable ones, whatever becomes of the root
-            batch = self._by_kernels(kernels, x, count=False)
+        if kernels is not None:
+            batch = self._by_kernels(kernels, x, remember=False)
             moments = self.estimator.sample_moments(x.detach(), self.num_updates, batch.scale, factored=True)
         else:
             batch, moments = self._of_batch_to_refresh(x, self.num_updates, by_hand)
         running, averages = self._matrices("running_root"), self._averages()
         counters = self._counters_for(batch)
         roots, new, counts = refreshed(self.estimator, moments, running, averages, counters, batch.counts)
-        if kernels is None:
-            batch = self._or_running(batch._replace(counts=counts))
+        batch = self._or_running(batch._replace(counts=counts))
         statistics = self._statistics(batch, roots)
         if checkpoint is not None:
             self._record(checkpoint, x, statistics, counts, due=True)
-        if kernels is None:
-            self._remember(batch, due=True)
+        self._remember(batch, due=True)
         self._remember_roots(roots, new, counts)
         return statistics
 
