@@ -114,12 +114,13 @@ class _Fold(Function):
         blocks: Blocks = ctx.blocks
         _, for_weight, for_bias, for_mean, for_scale, *for_roots = ctx.needs_input_grad
         mean, scale, *kept = ctx.saved_tensors
+        # By index: torch 2.11's compiler takes what a star has collected for a tuple, which nothing can be popped from.
         roots, kept = kept[: len(for_roots)], kept[len(for_roots) :]
         grad_rows = grad_folded.reshape(blocks.groups, -1, blocks.group_features)
         grad_shift = -grad_shifted.reshape(blocks.groups, -1, 1)
         grad_mean = grad_scale = grad_weight = None
         if for_mean or for_scale:
-            folded = kept.pop(0).reshape(grad_rows.shape)
+            folded = kept[0].reshape(grad_rows.shape)
         if for_mean:
             grad_mean = (grad_shift.mT @ folded).squeeze(1)
         total = grad_rows  # the gradient of D w, but for the outer product where that is added as a vector below
@@ -131,7 +132,7 @@ class _Fold(Function):
         grad_roots: list[Tensor | None] = [None] * len(roots)
         if any(for_roots):
             whole = total if scale is not None else torch.addcmul(grad_rows, grad_shift, mean.unsqueeze(1))
-            weights = blocks.split(kept.pop().reshape(grad_rows.shape))
+            weights = blocks.split(kept[-1].reshape(grad_rows.shape))
             grad_roots = [
                 _rows(part, root).mT @ _rows(back, root) if wanted else None
                 for part, back, root, wanted in zip(weights, blocks.split(whole), roots, for_roots, strict=True)
