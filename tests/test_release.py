@@ -67,9 +67,10 @@ def test_the_metadata_are_those_of_this_version(wheel: Path) -> None:
 
 
 def test_a_fresh_environment_installs_and_runs_it(wheel: Path, tmp_path: Path) -> None:
-    venv.create(tmp_path / "env", with_pip=True)
+    venv.create(tmp_path / "env")
     scripts = tmp_path / "env" / ("Scripts" if os.name == "nt" else "bin")
-    done = ran(scripts / "python", "-m", "pip", "install", "--quiet", "--no-deps", wheel, where=tmp_path)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", scripts / "python"]
+    done = ran(*pip, "install", "--quiet", "--no-deps", wheel, where=tmp_path)
     assert done.returncode == 0, done.stderr
     # torch and the libraries of the lab are those of this environment; its own netdeconv comes after the wheel's.
     (own,) = (tmp_path / "env").rglob("site-packages")

@@ -70,24 +70,22 @@ def describe(views: Sequence[LayerView], costs: Mapping[str, float]) -> str:
 def write(
     out: Path, title: str, line: str, net: nn.Module, views: Sequence[LayerView], costs: Mapping[str, float]
 ) -> list[Path]:
-    """Write ``inspect.html`` and its pictures; returns the files."""
+    """Write ``inspect.html``, from what is seen first to the numbers, and its pictures; returns the files."""
     maps = [view for view in views if view.features > 1 and view.taps > 1] or list(views)
     chosen = {maps[0].name, maps[len(maps) // 2].name, maps[-1].name}
     pictures = {
-        "filters.png": (_filters(net, views[0]), "Filters of the first layer", _OF_FILTERS),
-        "layers.png": (_layers(views), "Correlation and kurtosis of every layer's input", _OF_LAYERS),
+        "filters.png": (_filters(net, views[0]), "Filters of the first layer, the strongest first", _OF_FILTERS),
         "correlation.png": (
             _correlations([view for view in views if view.name in chosen]),
-            "Absolute correlation matrices",
-            f"Absolute correlation of the first {_DRAWN} features of a patch, ordered by channel, then by tap.",
+            "Correlation in the first, a middle and the last layer",
+            f"Absolute correlation of the first {_DRAWN} features of a patch, ordered by channel, then by tap. Yellow "
+            "off the diagonal: two features say the same. Whitened fully, a yellow diagonal is left on dark blue.",
         ),
+        "layers.png": (_layers(views, costs), "All layers", _OF_LAYERS),
     }
     page = Page(title, wide=True)
     page.paragraph(line)
-    table = layer_table(views, costs)
-    page.heading(table.title)
-    page.table(table)
-    page.paragraph(table.note, soft=True)
+    page.paragraph(_ABOUT)
     files = [out / "inspect.html"]
     for name, (figure, heading, caption) in pictures.items():
         if figure is not None:
@@ -96,12 +94,25 @@ def write(
             page.picture(content, alt=heading, caption=caption)
             files.append(out / name)
             write_whole(files[-1], content)
+    table = layer_table(views, costs)
+    page.heading(table.title)
+    page.table(table)
+    page.paragraph(table.note, soft=True)
     write_whole(files[0], page.to_html().encode())
     return files
 
 
+_ABOUT = (
+    "A layer multiplies its weights with patches of its input: for every position as many numbers as it has channels "
+    "and taps. Neighbouring pixels and channels are correlated, so that patches differ in few directions, and training "
+    "is slow in all others. Whitening multiplies patches by the inverse square root of their covariance, which makes "
+    "the directions more alike. Here is how much."
+)
 _OF_LAYERS = (
-    "Left: mean absolute correlation; right: kurtosis, 3 for Gaussian numbers. Layers in the order of the first call."
+    "In the order of the first call. Correlation: mean absolute value, the lower, the whiter. Kurtosis: 3 for Gaussian "
+    "numbers, more where most are near zero and few are large. Residual: how far whitened features are from "
+    "uncorrelated ones of variance 1; few Newton-Schulz steps leave some on purpose. Cost: operations of whitening in "
+    "an average training step on these images, on top of the convolution's."
 )
 _OF_FILTERS = (
     "First row, where the layer whitens: the filters of the centre pixel that whiten its patches, one per channel, "
@@ -116,18 +127,28 @@ def _pair(view: LayerView, name: str, digits: int) -> str:
     return " → ".join("–" if math.isnan(value) else f"{value:.{digits}f}" for value in values)
 
 
-def _layers(views: Sequence[LayerView]) -> Figure:
-    figure = Figure(figsize=(11, 3.8), dpi=130, layout="constrained")
-    left, right = figure.subplots(1, 2)
+def _layers(views: Sequence[LayerView], costs: Mapping[str, float]) -> Figure:
+    names = [view.name for view in views]
+    seen: dict[str, Sequence[Any]] = {"before whitening": [view.raw for view in views]}
+    if whitens := any(view.whitened for view in views):
+        seen["after whitening"] = [view.whitened for view in views]
+    figure = Figure(figsize=(11, 3.8 * (1 + whitens)), dpi=130, layout="constrained")
+    first, *second = figure.subplots(1 + whitens, 2, squeeze=False)
     for axes, key, more in (
-        (left, "correlation", {"ylabel": "mean |correlation|", "ylim": (0, None)}),
-        (right, "kurtosis", {"ylabel": "kurtosis", "yscale": "log"}),
+        (first[0], "correlation", {"ylabel": "mean |correlation|", "ylim": (0, None)}),
+        (first[1], "kurtosis", {"ylabel": "kurtosis", "yscale": "log"}),
     ):
-        lines = {"before whitening": [getattr(view.raw, key) for view in views]}
-        if any(view.whitened for view in views):
-            white = [math.nan if view.whitened is None else getattr(view.whitened, key) for view in views]
-            lines["after whitening"] = white
-        draw_layers(axes, [view.name for view in views], lines, xlabel="layer", **more)
+        lines = {
+            label: [math.nan if one is None else getattr(one, key) for one in responses]
+            for label, responses in seen.items()
+        }
+        draw_layers(axes, names, lines, xlabel="layer", **more)
+    for left, right in second:
+        residuals = [math.nan if view.root_residual is None else view.root_residual for view in views]
+        draw_layers(left, names, {"of the root": residuals}, xlabel="layer", ylabel="residual", ylim=(0, None))
+        cost = [100 * costs.get(name, math.nan) for name in names]
+        draw_layers(right, names, {"of whitening": cost}, xlabel="layer", ylabel="cost (% of the convolution)")
+        right.set_ylim(0, None)
     return figure
 
 
@@ -160,9 +181,10 @@ def _filters(net: nn.Module, view: LayerView) -> Figure | None:
         weight = layer.folded()[0]
         if layer.whitening.blocks.single and all(k % 2 for k in layer.kernel_size):
             centre = whitening_filters_of(layer)
-    own = weight.detach()[:_SHOWN]
+    own = weight.detach()
+    order = own.flatten(1).norm(dim=1).argsort(descending=True)[:_SHOWN].tolist()
     columns = 8
-    rows = math.ceil(len(own) / columns) + (centre is not None)
+    rows = math.ceil(len(order) / columns) + (centre is not None)
     figure = Figure(figsize=(1.05 * columns, 1.25 * rows), dpi=130, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
@@ -170,8 +192,8 @@ def _filters(net: nn.Module, view: LayerView) -> Figure | None:
     if centre is not None:
         for axes, kernel, channel in zip(grid[0], centre, _CHANNELS[len(centre)], strict=False):
             _show(axes, kernel, f"whitening\n{channel}")
-    for i, kernel in enumerate(own):
-        _show(grid[i // columns + (centre is not None), i % columns], kernel, f"filter {i}")
+    for place, i in enumerate(order):
+        _show(grid[place // columns + (centre is not None), place % columns], own[i], f"filter {i}")
     return figure
 
 
