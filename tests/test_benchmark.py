@@ -18,7 +18,7 @@ from torch import nn
 
 from netdeconv import ConfigError, WhitenedConv2d, WhiteningConfig, cli, zoo
 from netdeconv.functional import inverse_sqrt
-from netdeconv.lab.benchmark import command, contestants, memory, moments, record, root, scaling, step
+from netdeconv.lab.benchmark import candidates, command, memory, moments, root, scaling, step
 from netdeconv.lab.benchmark.settings import (
     MemorySettings,
     MomentsSettings,
@@ -27,8 +27,9 @@ from netdeconv.lab.benchmark.settings import (
     Settings,
     StepSettings,
 )
-from netdeconv.lab.benchmark.timing import Contestant, Race, race, steady_plan
-from netdeconv.lab.running import threads
+from netdeconv.lab.benchmark.timing import Candidate, Timings, interleaved_times, steady_plan
+from netdeconv.lab.devices import threads
+from netdeconv.lab.progress import Progress
 
 CPU = torch.device("cpu")
 TINY: dict[str, Any] = {"network": "resnet18", "width": 0.0625, "batch": 4, "size": 8, "threads": 1}
@@ -36,11 +37,11 @@ TINY: dict[str, Any] = {"network": "resnet18", "width": 0.0625, "batch": 4, "siz
 # ---------------------------------------------------------------------------------------------------- taking turns
 
 
-def test_every_contestant_steps_once_in_every_round_in_changing_order() -> None:
+def test_every_candidate_steps_once_in_every_round_in_changing_order() -> None:
     calls: list[str] = []
     names = ("a", "b", "c")
-    runners = [Contestant(name, lambda name=name: calls.append(name)) for name in names]  # type: ignore[misc]
-    found = race(runners, (False,) * 12, device=CPU)
+    runners = [Candidate(name, lambda name=name: calls.append(name)) for name in names]  # type: ignore[misc]
+    found = interleaved_times(runners, (False,) * 12, device=CPU)
     rounds = [tuple(calls[i : i + 3]) for i in range(0, len(calls), 3)]
     assert len(rounds) == 12
     assert all(sorted(order) == list(names) for order in rounds)
@@ -52,22 +53,22 @@ def test_every_contestant_steps_once_in_every_round_in_changing_order() -> None:
 
 def test_a_turn_of_several_steps_is_taken_in_one_go() -> None:
     calls: list[str] = []
-    runners = [Contestant(name, lambda name=name: calls.append(name)) for name in "ab"]  # type: ignore[misc]
-    found = race(runners, (False,) * 6, device=CPU, turn=3)
+    runners = [Candidate(name, lambda name=name: calls.append(name)) for name in "ab"]  # type: ignore[misc]
+    found = interleaved_times(runners, (False,) * 6, device=CPU, turn=3)
     assert all(len(set(calls[i : i + 3])) == 1 for i in range(0, 12, 3))
     assert all(len(seconds) == 6 for seconds in found.times.values())
 
 
-def test_prepare_is_told_the_plan_before_each_step() -> None:
+def test_prepare_gets_the_plan_before_each_step() -> None:
     seen: list[Any] = []
     plan = (False, True, False)
-    race([Contestant("a", lambda: seen.append("step"), 4, seen.append)], plan, device=CPU)
+    interleaved_times([Candidate("a", lambda: seen.append("step"), 4, seen.append)], plan, device=CPU)
     assert seen == [False, "step", True, "step", False, "step"]
 
 
 def test_names_must_differ() -> None:
     with pytest.raises(ValueError, match="names that differ"):
-        race([Contestant("a", int), Contestant("a", int)], (False,), device=CPU)
+        interleaved_times([Candidate("a", int), Candidate("a", int)], (False,), device=CPU)
 
 
 def test_the_plan_is_whole_periods_with_one_refresh_each() -> None:
@@ -79,7 +80,7 @@ def test_the_plan_is_whole_periods_with_one_refresh_each() -> None:
 
 # ------------------------------------------------------------------------------------------------ numbers by hand
 
-BY_HAND = Race(
+BY_HAND = Timings(
     plan=(False, True, False, False),
     periods={"base": 1, "often": 1, "seldom": 4},
     times={"base": [1.0, 1.0, 2.0, 1.0], "often": [3.0, 3.0, 6.0, 3.0], "seldom": [2.0, 10.0, 4.0, 2.0]},
@@ -108,19 +109,30 @@ def test_ratios_by_hand() -> None:
 def test_an_interval_holds_its_value_and_is_the_same_every_time() -> None:
     draw = torch.Generator().manual_seed(0)
     times = {name: (1 + torch.rand(40, generator=draw)).tolist() for name in "ab"}
-    found = Race((False,) * 40, {"a": 1, "b": 1}, times)
+    found = Timings((False,) * 40, {"a": 1, "b": 1}, times)
     ratio = found.ratio("a", "b")
     low, high = ratio["interval"]
     assert low < ratio["value"] < high
     assert found.ratio("a", "b") == ratio
 
 
-# ------------------------------------------------------------------------------------------------- the contestants
+def test_intervals_by_hand() -> None:
+    two = Timings((False, False), {"a": 1, "b": 1}, {"a": [1.0, 3.0], "b": [1.0, 1.0]})
+    assert two.ratio("a", "b") == {"value": 2.0, "interval": [1.0, 3.0]}
+    once = Timings((False, True), {"a": 1, "b": 4}, {"a": [1.0, 1.0], "b": [2.0, 6.0]})
+    assert once.ratio("b", "a") == {"value": 3.0, "interval": [3.0, 3.0]}  # nothing to draw from
+    # the one refresh is in every draw: (6 + 3 * 2) / 4 and (6 + 3 * 4) / 4
+    seldom = Timings((False, True, False), {"a": 1, "b": 4}, {"a": [1.0, 1.0, 1.0], "b": [2.0, 6.0, 4.0]})
+    assert seldom.ratio("b", "a")["interval"] == [3.0, 4.5]
+    assert seldom.ratio("a", "b")["interval"] == pytest.approx([1 / 4.5, 1 / 3])
+
+
+# ------------------------------------------------------------------------------------------------- the candidates
 
 
 def test_the_floor_has_no_batch_norm_and_the_rest_of_the_weights() -> None:
     settings = MemorySettings(**TINY)
-    floor, batchnorm = (contestants.contestant(kind, settings) for kind in ("none", "bn"))
+    floor, batchnorm = (candidates.candidate(kind, settings) for kind in ("none", "bn"))
     assert any(isinstance(module, nn.BatchNorm2d) for module in batchnorm.modules())
     assert not any(isinstance(module, nn.BatchNorm2d) for module in floor.modules())
     assert torch.equal(floor.get_parameter("conv1.weight"), batchnorm.get_parameter("conv1.weight"))
@@ -128,14 +140,14 @@ def test_the_floor_has_no_batch_norm_and_the_rest_of_the_weights() -> None:
 
 def test_default_and_published_procedure_are_whitened_as_they_say() -> None:
     for kind, config in (("nd", WhiteningConfig()), ("nd-paper", WhiteningConfig.paper())):
-        model = contestants.contestant(kind, MemorySettings(network="vgg11", width=0.0625))
+        model = candidates.candidate(kind, MemorySettings(network="vgg11", width=0.0625))
         layers = [module for module in model.modules() if isinstance(module, WhitenedConv2d)]
         assert len(layers) == 8
         assert all(layer.whitening.config == config.resolved("dense", layer.in_channels) for layer in layers)
 
 
 def test_a_moved_clock_refreshes_once_a_period_and_where_it_should() -> None:
-    training = contestants.Training("nd", MemorySettings(**TINY))
+    training = candidates.Training("nd", MemorySettings(**TINY))
     training.step()
     assert training.period == 16
     training.start_at(-8)
@@ -154,15 +166,16 @@ def test_a_moved_clock_refreshes_once_a_period_and_where_it_should() -> None:
 
 def test_torchvision_networks_by_name() -> None:
     pytest.importorskip("torchvision")
-    assert isinstance(contestants.network("torchvision:resnet18"), nn.Module)
+    assert isinstance(candidates.network("torchvision:resnet18"), nn.Module)
     for name, width, message in (
         ("torchvision:nothing", 1.0, "nothing"),
         ("torchvision:resnet18", 0.5, "width=0.5 cannot apply"),
-        ("timm:resnet18", 1.0, "torchvision:NAME"),
+        ("caffe:resnet18", 1.0, "torchvision:NAME or timm:NAME"),
+        ("timm:resnet19", 1.0, "timm has no network .resnet19."),
         ("resnet19", 1.0, "resnet19"),
     ):
         with pytest.raises(ConfigError, match=message):
-            contestants.network(name, width)
+            candidates.network(name, width)
 
 
 def test_threads_are_restored() -> None:
@@ -177,7 +190,7 @@ def test_threads_are_restored() -> None:
 
 
 def test_what_is_kept_for_backward_is_counted_once_per_storage() -> None:
-    class Doubling(contestants.Training):
+    class Doubling(candidates.Training):
         def loss_of_batch(self) -> torch.Tensor:
             x = (self.images.flatten()[:1000] * 1).requires_grad_()  # 1000 float32 = 4000 bytes
             return (x * x).sum()  # keeps x twice; the sum keeps nothing
@@ -187,7 +200,7 @@ def test_what_is_kept_for_backward_is_counted_once_per_storage() -> None:
 
 def test_whitening_keeps_no_more_than_the_floor_and_its_folded_weights() -> None:
     saved = {
-        kind: memory.saved_bytes(contestants.Training(kind, MemorySettings(**{**TINY, "batch": 32})))
+        kind: memory.saved_bytes(candidates.Training(kind, MemorySettings(**{**TINY, "batch": 32})))
         for kind in ("bn", "none", "nd", "nd-paper")
     }
     assert saved["none"] < saved["bn"]
@@ -199,7 +212,7 @@ def test_a_fresh_process_measures_memory() -> None:
     assert found["peak"] > 0
     assert found["saved"] > 0
     assert found["how"]
-    model = contestants.contestant("nd", MemorySettings(**TINY))
+    model = candidates.candidate("nd", MemorySettings(**TINY))
     held = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     assert found["model"] == sum(held.values())
 
@@ -235,7 +248,7 @@ def test_solvers_without_coefficients_are_left_out() -> None:
 def test_all_positions_are_without_error_and_fewer_are_not() -> None:
     settings = MomentsSettings(batch=8, shapes=("4x8",), samples=(64, 4096), strides=(3,), rounds=1, threads=1)
     result: dict[str, Any] = {}
-    moments.run(settings, record.Silent(), result)
+    moments.run(settings, Progress(show=False), result)
     errors = {row["sampling"]: row["errors"] for row in result["rows"]}
     assert errors["all positions"]["cov"] == 0
     assert errors["spread, 4096 rows (default)"]["cov"] == 0  # the budget holds all 512
@@ -275,7 +288,7 @@ def test_a_benchmark_leaves_numbers_a_table_and_a_picture(
 ) -> None:
     monkeypatch.setattr(step, "measure_in_fresh_process", fake_memory)
     before = torch.get_num_threads()
-    found, shown, files = command.measure(name, SMALL[name], tmp_path, record.Silent())
+    found, shown, files = command.measure(name, SMALL[name], tmp_path, Progress(show=False))
     assert torch.get_num_threads() == before
     assert [file.name for file in files] == [f"{name}.json", f"{name}.png"]
     assert files[1].read_bytes().startswith(b"\x89PNG")
@@ -316,9 +329,9 @@ def test_without_the_published_procedure(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(step.Training, "evaluate", watched)
     settings = StepSettings(**TINY, rounds=1, eval_rounds=1, warmup=1, no_paper=True, matmul_precision="high")
-    found, shown, files = command.measure("step", settings, tmp_path, record.Silent())
+    found, shown, files = command.measure("step", settings, tmp_path, Progress(show=False))
     kinds = ["bn", "nd", "none"]
-    assert [list(found["result"][part]["contestants"]) for part in ("training", "evaluation")] == [kinds, kinds]
+    assert [list(found["result"][part]["candidates"]) for part in ("training", "evaluation")] == [kinds, kinds]
     assert list(found["result"]["memory"]) == kinds
     assert precisions == {"high"}
     assert torch.get_float32_matmul_precision() == "highest"
@@ -329,11 +342,11 @@ def test_without_the_published_procedure(tmp_path: Path, monkeypatch: pytest.Mon
 _OTHER_LAYOUT = """
 import json, os, sys
 import torch
-from netdeconv.lab.benchmark import contestants
+from netdeconv.lab.benchmark import candidates
 from netdeconv.lab.benchmark.settings import MemorySettings
 
 options = json.loads(sys.argv[1])
-training = contestants.Training("nd", MemorySettings(**options))
+training = candidates.Training("nd", MemorySettings(**options))
 training.step()
 training.model.eval()
 assert training.evaluate().dtype == (torch.bfloat16 if "dtype" in options else torch.float32)

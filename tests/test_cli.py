@@ -41,7 +41,9 @@ def test_help_lists_what_there_is(argv: list[str], capsys: pytest.CaptureFixture
         ([], "required: COMMAND"),
         (["dmeo"], "invalid choice: 'dmeo'"),
         (["demo", "--epochs", "ten"], "argument --epochs: invalid int value: 'ten'"),
-        (["demo", "--epoch", "3"], "unrecognized arguments: --epoch 3"),
+        (["demo", "--epoch", "3"], "unrecognized arguments: --epoch 3. The nearest name is --epochs"),
+        (["bench", "step", "--wdith=2"], "unrecognized arguments: --wdith=2. The nearest name is --width"),
+        (["reproduce", "mlp", "--seed=2"], "unrecognized arguments: --seed=2. The nearest name is --seeds"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,10 +53,10 @@ def test_a_wrong_command_line_is_one_line(argv: list[str], message: str, capsys:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--epochs", "0"], "expected epochs of at least 1, got 0"),
-        (["--seeds", "-1"], "expected seeds of at least 1, got -1"),
-        (["--rates", "0.1", "0"], "expected learning rates above 0"),
-        (["--rates", "0.1", "0.1"], "expected learning rates that differ"),
+        (["--epochs", "0"], "expected epochs above 0, got 0"),
+        (["--seeds", "-1"], "expected seeds above 0, got -1"),
+        (["--rates", "0.1", "0"], "expected rates above 0, got 0"),
+        (["--rates", "0.1", "0.1"], "expected values of rates that differ"),
         (["--target", "97"], "between 0 and 1, got 97"),
     ],
 )

@@ -16,7 +16,7 @@ import netdeconv
 from netdeconv import ConfigError, WhitenedConv1d, WhitenedConv2d, WhitenedConv3d, WhitenedLinear, WhiteningConfig
 from netdeconv.nn import Whitening
 from netdeconv.surgery import Action
-from netdeconv.surgery.recognise import Clone
+from netdeconv.surgery.norms import Clone
 from netdeconv.zoo import create
 from small_networks import BLOCKS, batch_norms, random_network
 
@@ -346,6 +346,12 @@ def test_rules() -> None:
     assert type(left[0]) is Doubled
     with pytest.raises(ConfigError, match="one without the old inside"):
         netdeconv.convert(model, rules={Doubled: lambda layer: nn.Sequential(layer)})
+
+
+def test_a_class_in_include_covers_what_its_rule_makes() -> None:
+    model = nn.Sequential(Doubled(3, 4, 1), nn.Linear(4, 4))
+    converted = netdeconv.convert(model, rules={Doubled: plain_of}, include=Doubled)
+    assert type(converted[0]) is WhitenedConv2d and type(converted[1]) is nn.Linear
 
 
 def test_batch_norms_left_are_reported_unless_asked_for() -> None:

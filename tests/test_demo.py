@@ -1,13 +1,12 @@
-"""The demo at its smallest: all files, numbers that agree with each other, and nothing done twice."""
+"""The demo at its smallest: one page, numbers that agree with each other, and nothing done twice."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import signal
-import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,12 +19,14 @@ from torch import nn
 
 from netdeconv import WhitenedConv2d, WhitenedLinear, cli
 from netdeconv.errors import ConfigError
+from netdeconv.lab import train
 from netdeconv.lab.data import DigitsData, TensorBatches
-from netdeconv.lab.experiments import demo, demo_numbers, demo_report
+from netdeconv.lab.experiments import demo
 from netdeconv.lab.networks import SmallConvNet
-from netdeconv.lab.report import Page, Table
-from netdeconv.lab.run_record import with_fresh_statistics
-from netdeconv.lab.store import RunStore, read_json, write_json
+from netdeconv.lab.recorder import with_fresh_statistics
+from netdeconv.lab.store import read_json, write_json
+from netdeconv.lab.tasks import Classification
+from netdeconv.lab.train import Record, Training
 
 TINY = ["--epochs", "1", "--seeds", "1", "--rates", "0.03", "0.1", "--batch-size", "256"]
 
@@ -41,84 +42,74 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, "\n".join(lines)
 
 
-def test_all_files_are_there(first: tuple[Path, str]) -> None:
+def runs_in(out: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((out / "demo" / "result.json").read_text())["result"]["runs"]
+    return found
+
+
+def test_the_table_agrees_with_the_runs(first: tuple[Path, str]) -> None:
     out, printed = first
-    for name in demo_report.FILES:
-        assert (out / name).stat().st_size > 1000
-        assert str(out / name) in printed
-    for picture in out.glob("*.png"):
-        assert picture.read_bytes().startswith(b"\x89PNG")
-    assert not list(out.rglob("*.part"))
+    runs = runs_in(out)
+    assert [(run["norm"], run["rate"]) for run in runs] == [("bn", 0.03), ("nd", 0.03), ("bn", 0.1), ("nd", 0.1)]
+    assert len(list((out / "demo" / "parts").glob("*.json"))) == 4
+    cells = {cells[0]: cells for line in printed.splitlines() if (cells := re.split(r" %?  +| %$", line))}
+    for column, norm in enumerate(("bn", "nd"), 1):
+        mine = [run for run in runs if run["norm"] == norm]
+        chosen = max(mine, key=lambda run: run["curves"]["validation/accuracy"][-1])
+        assert chosen["steps"] == 4 and chosen["seconds_per_late_step"] > 0
+        assert cells["learning rate, best of 0.03, 0.1"][column] == f"{chosen['rate']:g}"
+        assert cells["after epoch 1"][column] == f"{100 * chosen['curves']['test/accuracy'][0]:.1f}"
+        assert cells["after epoch 1, statistics recomputed"][column] == f"{100 * chosen['fresh_accuracy']:.1f}"
 
 
-def test_metrics_agree_with_the_runs(first: tuple[Path, str]) -> None:
+def test_the_page_is_one_file_with_filters_and_correlation(first: tuple[Path, str]) -> None:
     out, printed = first
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert len(metrics["runs"]) == 4 == len(list((out / "runs").glob("*.json")))
-    for norm, method in metrics["methods"].items():
-        grid = {entry["rate"]: entry for entry in method["grid"]}
-        assert sorted(grid) == metrics["settings"]["rates"]
-        best = max(entry["validation_accuracy"][0] for entry in grid.values())
-        assert grid[method["rate"]]["validation_accuracy"][0] == best
-        (run,) = (r for r in metrics["runs"] if (r["norm"], r["rate"]) == (norm, method["rate"]))
-        assert run["curves"]["test/accuracy"] == [method["test_accuracy"][0]["mean"]]
-        assert method["test_accuracy"][0]["sd"] is None
-        assert run["steps"] == 4
-        times = [r["seconds_per_step"] for r in metrics["runs"] if r["norm"] == norm]
-        assert method["seconds_per_step"] == statistics.median(times) > 0
-        assert f"{100 * method['test_accuracy'][0]['mean']:.1f} %" in printed
-    assert sum(metrics["data"][part] for part in ("train", "validation", "test")) == 1797
-    for numbers in metrics["whiteness"].values():
-        assert numbers["before"] > numbers["5 iterations"] > numbers["converged root"]
-
-
-def test_the_page_is_one_file(first: tuple[Path, str]) -> None:
-    page = (first[0] / "report.html").read_text()
+    assert str(out / "report.html") in printed
+    page = (out / "report.html").read_text()
     sources = re.findall(r'src="([^"]{0,30})', page)
-    assert len(sources) == 3
+    assert len(sources) == page.count("<figcaption>") == len(list(out.glob("*/*.png"))) == 5
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert not re.search(r"https?://|<script[^>]|<link rel=.stylesheet|url\(|@import", page)
-    assert page.count("<figcaption>") == 3
+    assert not list(out.rglob("*.part"))
 
 
 def test_a_second_call_repeats_nothing(first: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     out, _ = first
-    before = json.loads((out / "metrics.json").read_text())
-    pictures = {name: (out / name).read_bytes() for name in ("filters.png", "correlation.png")}  # these take long
-    trained: list[demo.Run] = []
-    real = demo._train
+    before = runs_in(out)
+    trained: list[str] = []
+    real = train.train
 
-    def counted(run: demo.Run, *args: object) -> dict:
-        trained.append(run)
-        return real(run, *args)  # type: ignore[arg-type]
+    def counted(training: Training, *args: Any) -> Record:
+        trained.append(training.name)
+        return real(training, *args)
 
-    monkeypatch.setattr(demo, "_train", counted)
-    monkeypatch.setattr(demo_report, "_whitening_pictures", lambda digits: (pictures, before["whiteness"]))
+    monkeypatch.setattr(train, "train", counted)
     assert cli.main(["demo", "--quiet", "--out", str(out), *TINY]) == 0
     assert trained == []
-    after = json.loads((out / "metrics.json").read_text())
-    assert after["runs"] == before["runs"]
-    (out / "runs").joinpath(next((out / "runs").glob("nd-rate0.1-*")).name).write_text('{"settings"')
+    assert runs_in(out) == before
+    name = "demo-nd-batch256-rate0.1-seed0"
+    next((out / "demo" / "parts").glob(f"{name}-*.json")).write_text('{"settings"')
     assert cli.main(["demo", "--quiet", "--out", str(out), *TINY]) == 0
-    assert trained == [demo.Run("nd", 0.1, 0)]
-    again = json.loads((out / "metrics.json").read_text())
-    assert [r["curves"] for r in again["runs"]] == [r["curves"] for r in before["runs"]]
+    assert trained == [name]
+    assert [run["curves"] for run in runs_in(out)] == [run["curves"] for run in before]
+    assert cli.main(["demo", "--quiet", "--fresh", "--out", str(out), *TINY]) == 0
+    assert len(trained) == 1 + 4
 
 
 def test_a_stopped_demo_keeps_finished_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    real = demo.Classification.training_step
+    real = Classification.training_step
     calls = iter(range(100))
 
-    def stopping(self: demo.Classification, *args: object) -> object:
+    def stopping(self: Classification, *args: object) -> object:
         if next(calls) == 5:  # in the second run
             raise KeyboardInterrupt
         return real(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(demo.Classification, "training_step", stopping)
+    monkeypatch.setattr(Classification, "training_step", stopping)
     handler = signal.getsignal(signal.SIGINT)
     assert cli.main(["demo", "--out", str(tmp_path), *TINY]) == 130
     assert signal.getsignal(signal.SIGINT) is handler  # Lightning ignores it for a while
-    assert len(list((tmp_path / "runs").glob("*.json"))) == 1
+    assert len(list((tmp_path / "demo" / "parts").glob("*.json"))) == 1
     assert "the same command goes on" in capsys.readouterr().err
 
 
@@ -163,32 +154,42 @@ def test_batches_cover_everything_in_a_new_order() -> None:
     assert torch.equal(torch.cat([b[0] for b in fixed]), torch.arange(10))
 
 
-def test_the_rate_is_chosen_on_validation_and_ties_go_to_the_lower_loss() -> None:
-    def entry(rate: float, accuracy: list[float], loss: list[float | None]) -> dict:
-        return {"rate": rate, "validation_accuracy": accuracy, "validation_loss": loss}
+def run_of(norm: str, rate: float, seed: int, chosen_by: float, loss: float | None, test: list[float]) -> dict:
+    curves = {
+        "train/loss": [loss, *test[1:]], "test/loss": test, "test/accuracy": test,
+        "validation/accuracy": [chosen_by], "validation/loss": [loss],
+    }  # fmt: skip
+    about = {"norm": norm, "rate": rate, "seed": seed, "epochs": len(test), "batch_size": 64, "momentum": 0.9}
+    numbers = {"parameters": 10, "seconds_per_step": 0.001, "seconds_per_late_step": 0.002, "fresh_accuracy": 0.5}
+    return {**about, **numbers, "weight_decay": 0.0, "curves": curves}
 
-    grid = [
-        entry(0.1, [0.9, 0.8], [1.0, 1.0]),
-        entry(0.2, [0.8, 0.9], [0.5, 0.5]),
-        entry(0.3, [0.85, 0.85], [None, 0.1]),
+
+def test_the_rate_is_chosen_on_validation_and_ties_go_to_the_lower_loss() -> None:
+    runs = [
+        run_of("bn", 0.1, 0, 0.9, 1.0, [0.2, 0.4]), run_of("bn", 0.1, 1, 0.8, 1.0, [0.2, 0.4]),
+        run_of("bn", 0.2, 0, 0.8, 0.5, [0.1, 0.5]), run_of("bn", 0.2, 1, 0.9, 0.5, [0.3, 0.7]),
+        run_of("bn", 0.3, 0, 0.85, None, [0.1, 0.9]), run_of("bn", 0.3, 1, 0.85, 0.1, [0.1, 0.9]),
+        run_of("nd", 0.1, 0, 0.8, 1.0, [0.6, 0.8]), run_of("nd", 0.1, 1, 0.8, 1.0, [0.4, 0.6]),
+        run_of("nd", 0.2, 0, 0.4, 1.0, [0.9, 0.9]), run_of("nd", 0.2, 1, 0.4, 1.0, [0.9, 0.9]),
+    ]  # fmt: skip
+    found = demo.present({"runs": runs, "target": 0.55})
+    assert [list(row) for row in found.tables[0].rows] == [
+        ["learning rate, best of 0.1, 0.2, 0.3", "0.2", "0.1"],
+        ["after epoch 1", "20.0 ± 14.1 %", "50.0 ± 14.1 %"],
+        ["after epoch 1, statistics recomputed", "50.0 ± 0.0 %", "50.0 ± 0.0 %"],
+        ["after epoch 2", "60.0 ± 14.1 %", "70.0 ± 14.1 %"],
+        ["epochs to 55 %", "2.0 (1 of 2 seeds)", "1.5"],
+        ["ms per training step, median", "1.0", "1.0"],
+        ["ms per training step, mean of the second half", "2.0", "2.0"],
+        ["rates within 1 point of the best", "3 of 3", "1 of 2"],
     ]
-    assert demo_numbers.choose_rate(grid) == 0.2
+    assert found.tables[1].rows[2][3:] == ["1", ""] and found.tables[1].rows[1][3:] == ["0", "chosen"]
 
 
 def test_few_epochs_are_all_shown_and_many_are_not() -> None:
-    assert demo_numbers.shown_epochs(3) == [1, 2, 3]
-    assert demo_numbers.shown_epochs(30) == [1, 2, 3, 5, 10, 20, 30]
-
-
-def test_runs_are_found_by_their_exact_settings(tmp_path: Path) -> None:
-    store = RunStore(tmp_path / "runs")
-    store.save("a", {"rate": 0.1, "grid": (1, 2)}, {"loss": math.nan})
-    assert store.load("a", {"rate": 0.1, "grid": (1, 2)}) == {"loss": None}
-    assert store.load("a", {"rate": 0.2, "grid": (1, 2)}) is None
-    assert store.load("b", {"rate": 0.1, "grid": (1, 2)}) is None
-    (file,) = store.folder.glob("*.json")
-    write_json(file, {**read_json(file), "settings": {"rate": 0.2}})  # as if two settings had one hash
-    assert store.load("a", {"rate": 0.1, "grid": (1, 2)}) is None
+    assert demo._shown(1) == [1]
+    assert demo._shown(3) == [1, 2, 3]
+    assert demo._shown(30) == [1, 2, 3, 5, 10, 20, 30]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -198,21 +199,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_json(path, {"a": object()})
     assert read_json(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["numbers.json"]
-
-
-def test_table_aligns_and_escapes() -> None:
-    table = Table(["", "a & b"], [["x", "1 ± 2"], ["longer", "3"]])
-    assert table.to_text().splitlines() == ["        a & b", "------  -----", "x       1 ± 2", "longer      3"]
-    assert "a &amp; b" in table.to_html()
-    with pytest.raises(ValueError, match="expected 2 cells"):
-        Table(["a", "b"], [["1"]])
-
-
-def test_page_escapes_text() -> None:
-    page = Page("a < b")
-    page.paragraph("<b>")
-    assert "<title>a &lt; b</title>" in page.to_html()
-    assert "<p>&lt;b&gt;</p>" in page.to_html()
 
 
 def test_a_network_with_fresh_statistics_equals_one_batch_of_training() -> None:

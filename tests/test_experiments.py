@@ -15,13 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from netdeconv import WhitenedConv2d, WhitenedLinear, WhiteningConfig
 from netdeconv.cli import main
-from netdeconv.lab.experiments import trials
+from netdeconv.lab import train
+from netdeconv.lab.experiments import comparison
 from netdeconv.lab.experiments.cost_flops import Convolution, convolutions, whitening_flops
-from netdeconv.lab.experiments.experiment import Workspace
 from netdeconv.lab.experiments.registry import EXPERIMENTS, load
 from netdeconv.lab.experiments.results import carry_out
-from netdeconv.lab.experiments.trials import Trial
 from netdeconv.lab.progress import Progress, quiet_lightning
+from netdeconv.lab.train import Record, Training, run_trainings
+from netdeconv.lab.workspace import Workspace
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -119,23 +120,16 @@ def run_of(norm: str, rate: float, accuracy: float, **changes: Any) -> dict[str,
 
 def test_the_best_rate_is_that_of_the_mean_over_seeds() -> None:
     runs = [run_of("bn", 0.1, 0.9), run_of("bn", 0.1, 0.1, seed=1), run_of("bn", 0.02, 0.6)]
-    assert trials.best_rate(runs) == 0.02
-    assert trials.accuracy_cell(trials.by_rate(runs)[0.1]) == "50.0 ± 56.6 %"
+    assert comparison.best_rate(runs) == 0.02
+    assert comparison.accuracy_cell(comparison.by_rate(runs)[0.1]) == "50.0 ± 56.6 %"
 
 
 def test_a_run_that_is_not_finite_counts_nothing() -> None:
-    assert trials.accuracies([run_of("bn", 0.1, 0.5, curves={"test/accuracy": [None]})]) == [0]
-
-
-def test_gaps_within_the_spread_are_called_none() -> None:
-    mine = [run_of("nd", 0.1, 0.60), run_of("nd", 0.1, 0.64, seed=1)]
-    near, far = [run_of("bn", 0.1, 0.61)], [run_of("bn", 0.1, 0.5)]
-    assert "do not differ by more than the seeds do (+1.0 points" in trials.gap_sentence(mine, near, "BatchNorm")
-    assert "12.0 points ahead of BatchNorm" in trials.gap_sentence(mine, far, "BatchNorm")
+    assert comparison.finals([run_of("bn", 0.1, 0.5, curves={"test/accuracy": [None]})]) == [0]
 
 
 def test_the_perceptron_is_the_papers() -> None:
-    net = trials.mlp(784, 10)
+    net = train.mlp(784, 10)
     assert [tuple(m.weight.shape) for m in net if isinstance(m, nn.Linear)] == [(128, 784), (128, 128), (10, 128)]
 
 
@@ -145,11 +139,6 @@ def shown(name: str, runs: list[Mapping[str, Any]]) -> Any:
 
 def test_mlp_says_what_its_numbers_say() -> None:
     found = shown("mlp", [run_of("bn", 0.1, 0.8), run_of("bn", 0.5, 0.7), run_of("nd", 0.1, 0.85)])
-    assert found.verdict == (
-        "scikit-learn's digits: network deconvolution is 5.0 points ahead of BatchNorm at its best rate (one seed)."
-    )
-    edge = shown("mlp", [run_of("bn", 0.1, 0.8), run_of("bn", 0.5, 0.9), run_of("nd", 0.1, 0.85)]).verdict
-    assert edge.endswith("The best rate is the highest tried, 0.5, for BatchNorm.")
     assert [row[:4] for row in found.tables[0].rows] == [
         ["scikit-learn's digits, BatchNorm", "0.1", "40.0 %", "80.0 %"],
         ["scikit-learn's digits, ND", "0.1", "42.5 %", "85.0 %"],
@@ -159,7 +148,10 @@ def test_mlp_says_what_its_numbers_say() -> None:
 def test_batch_size_says_what_its_numbers_say() -> None:
     small = [run_of("bn", 0.1, 0.5), run_of("bn", 0.2, 0.6), run_of("nd", 0.1, 0.7)]
     large = [run_of("bn", 0.1, 0.8, batch_size=64), run_of("nd", 0.1, 0.75, batch_size=64)]
-    assert "at 1 of 2 batch sizes (points: +10.0 at 8, -5.0 at 64)" in shown("batch-size", large + small).verdict
+    assert [row[:4] for row in shown("batch-size", large + small).tables[0].rows] == [
+        ["8, BatchNorm", "10", "0.2", "60.0 %"], ["8, ND", "10", "0.1", "70.0 %"],
+        ["64, BatchNorm", "10", "0.1", "80.0 %"], ["64, ND", "10", "0.1", "75.0 %"],
+    ]  # fmt: skip
 
 
 def test_ablation_says_what_its_numbers_say() -> None:
@@ -167,9 +159,10 @@ def test_ablation_says_what_its_numbers_say() -> None:
     runs += [run_of("nd", 0.1, 0.61, whitening={"scale": False}), run_of("nd", 0.1, 0.61, whitening={"block_size": 8})]
     runs += [run_of("nd", 0.1, 0.62, whitening={"eps": 0.1}), run_of("nd", 0.1, 0.4, whitening={"num_iters": 15})]
     found = shown("ablation", runs)
-    assert "The default is 11.0 points above the better of 1 rates of batch normalisation." in found.verdict
-    assert "Of 4 changes 1 move the accuracy by more than twice" in found.verdict
-    assert "iterations 15 (-21.0)" in found.verdict
+    rows = {row[0]: row[3:5] for row in found.tables[0].rows}
+    assert rows["default"] == ["61.0 ± 1.4 %", ""] and rows["BatchNorm, rate 0.02"] == ["50.0 %", "-11.0"]
+    assert rows["iterations 15 (default 3)"] == ["40.0 %", "-21.0"]
+    assert "standard deviation of 1.4 points" in found.tables[0].note
     names = [row[0] for row in found.tables[0].rows]
     assert names[2:] == [
         "scaled channels False (default True)", "block size 8 (default 32, in wide layers 16)",
@@ -188,49 +181,50 @@ def test_the_ablation_varies_what_the_default_is() -> None:
 
 
 def test_a_trial_of_few_steps_takes_so_many(tmp_path: Path) -> None:
-    trial = Trial(dataset="digits", network="small", norm="nd", rate=0.1, steps=3, batch_size=16)
+    training = Training(dataset="digits", network="small", norm="nd", rate=0.1, steps=3, batch_size=16)
     published: list[list[float]] = []
     workspace = Workspace(
         tmp_path,
         code=(),
-        progress=Progress(1, show=False),
+        progress=Progress(show=False),
         publish=lambda result: published.append([run["rate"] for run in result["runs"]]),
     )
     with quiet_lightning():
-        (found,) = trials.run_trials([trial], workspace, before=[{"rate": 0.02}])
+        _, found = run_trainings([training], workspace, before=[{"rate": 0.02}])["runs"]
     assert published == [[0.02, 0.1]]
     assert found["steps"] == 3
     assert len(found["curves"]["test/accuracy"]) == 1
 
 
 def test_trials_of_other_processes_come_last_and_are_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = [Trial(dataset="digits", network="small", norm="nd", rate=rate) for rate in (0.1, 0.2, 0.3)]
+    plan = [Training(dataset="digits", network="small", norm="nd", rate=rate) for rate in (0.1, 0.2, 0.3)]
     trained, published = [], []
     workspace = Workspace(
         tmp_path,
         code=(),
-        progress=Progress(1, show=False),
+        progress=Progress(show=False),
         publish=lambda result: published.append([run["rate"] for run in result["runs"]]),
     )
 
-    def train(trial: Trial, data: Any, space: Workspace) -> dict[str, Any]:
-        trained.append(trial.rate)
-        if trial.rate == 0.2:  # meanwhile another process finishes the first
-            store.save(plan[0].name, theirs, {"result": {"by": "another"}, "seconds": 60})
+    def at_once(training: Training, *_: Any) -> Record:
+        trained.append(training.rate)
+        if training.rate == 0.2:  # meanwhile another process finishes the first
             other.release()
-        return {"by": "this one"}
+            elsewhere.part(plan[0].name, plan[0].settings(), lambda: dataclasses.asdict(record(1)))
+        return record(2)
 
-    store, theirs = workspace.store, {**dataclasses.asdict(plan[0]), **workspace.identity(workspace.code)}
-    store.folder.mkdir()
-    other = FileLock(store.path(plan[0].name, theirs, "lock"))
+    def record(by: int) -> Record:
+        return Record(curves={}, steps=by, parameters=0)
+
+    elsewhere = Workspace(tmp_path, code=(), progress=Progress(show=False))
+    other = FileLock(workspace.path(plan[0].name, plan[0].settings(), "lock"))
+    Path(other.lock_file).parent.mkdir()
     other.acquire()
-    monkeypatch.setattr(trials, "train", train)
-    monkeypatch.setattr(trials.DataSets, "get", lambda self, trial: None)
-    found = trials.run_trials(plan, workspace)
+    monkeypatch.setattr(train, "train", at_once)
+    found = run_trainings(plan, workspace)["runs"]
     assert trained == [0.2, 0.3]
     assert published == [[0.1, 0.2], [0.1, 0.2, 0.3]]
-    assert [run["by"] for run in found] == ["another", "this one", "this one"]
-    assert workspace.seconds == pytest.approx(60, abs=10)
+    assert [run["steps"] for run in found] == [1, 2, 2]
 
 
 @pytest.mark.slow

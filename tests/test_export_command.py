@@ -248,7 +248,7 @@ def test_states_that_fit_in_part(models: dict[str, nn.Module], tmp_path: Path) -
         (("--network", "resnet81"), "there is no resnet81. The nearest name is resnet18."),
         (("--network", "xyz"), "there is no xyz. There is "),
         (("--network", "torchvision:mobilnet_v2"), "The nearest name is torchvision:mobilenet_v2."),
-        (("--network", "timm:resnet18"), "there is no timm:resnet18"),
+        (("--network", "caffe:resnet18"), "there is no caffe:resnet18"),
         (("--network", "torchvision:resnet18"), "width=0.03125 cannot apply"),
         (("--input-size", "1", "32", "32"), "cannot be run with --input-size 1 32 32: features.0"),
         (("--input-size", "3", "8", "8"), "cannot be run with --input-size 3 8 8"),

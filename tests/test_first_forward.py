@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.nn import functional as F
 
 import netdeconv
-from netdeconv.surgery.recognise import Clone
+from netdeconv.surgery.norms import Clone
 from small_networks import batch_norms
 
 X, WRONG = torch.randn(8, 3, 6, 6), torch.randn(8, 4, 6, 6)
@@ -63,6 +63,27 @@ def test_a_first_forward_that_fails_leaves_nothing_behind() -> None:
         assert batch_norms(again) == ["bn"]
         again(X)
         assert batch_norms(again) == [] and is_settled(again)
+
+
+def test_the_activation_in_a_batch_norm_that_waits_is_the_copys_own() -> None:
+    class NormThenAct(nn.BatchNorm2d):
+        def __init__(self, channels: int) -> None:
+            super().__init__(channels)
+            self.act = nn.PReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(super().forward(x))
+
+    class Held(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = NormThenAct(4)
+
+    model = netdeconv.convert(Held())
+    copied = copy.deepcopy(model)
+    mine = copied.bn.act.weight
+    copied(X)
+    assert copied.bn.act.weight is mine and copied.bn.act.weight is not model.bn.act.weight
 
 
 def test_a_model_that_failed_can_be_freed() -> None:

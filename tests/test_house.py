@@ -30,7 +30,7 @@ SELF_CONTAINED = {"reference", "zoo"}  # import nothing of ours
 PUBLIC_TO_LAB = {"", "functional", "inspect", "zoo", "reference"}  # where the lab may take public names from
 LAB_LIBRARIES = {
     "lightning", "pytorch_lightning", "lightning_fabric", "torchvision", "torchmetrics", "matplotlib", "sklearn",
-    "scipy", "pandas", "jsonargparse", "tensorboard", "yaml", "onnx", "onnxruntime",
+    "scipy", "pandas", "jsonargparse", "jinja2", "tensorboard", "yaml", "onnx", "onnxruntime",
 }  # fmt: skip
 MAX_LINES = 400
 MACHINE_PATH = re.compile(r"(?<![\w.~$}-])/(?:home|root|work|Users|tmp)/[\w.]")

@@ -15,7 +15,7 @@ import netdeconv
 from netdeconv import WhitenedConv2d, plan_conversion
 from netdeconv.surgery import Action
 from netdeconv.surgery.batches import max_relative_error
-from netdeconv.surgery.recognise import Clone
+from netdeconv.surgery.norms import Clone
 from small_networks import batch_norms, randomise_statistics
 
 PRESERVED_TOLERANCE = 1e-5  # float32, a few layers

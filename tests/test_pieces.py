@@ -16,10 +16,9 @@ import netdeconv
 from layer_kinds import Kind, buffers
 from netdeconv import WhitenedConv1d, WhitenedConv2d, WhitenedConv3d, WhiteningConfig
 from netdeconv import reference as ref
-from netdeconv.functional import Blocks, Window, fold, patch_moments
+from netdeconv.functional import Blocks, Window, fold, patch_moments, unfold
 from netdeconv.inspect import inspect_layers
 from netdeconv.nn.estimator import Estimator
-from netdeconv.surgery.preserve import unfold
 from test_default_procedure import close, follow
 from variation import Variation
 
@@ -321,7 +320,8 @@ def test_state_dicts_surgery_and_inspection(make: Any, size: tuple[int, ...]) ->
     assert not torch.equal(held["whitening.running_root"], layer.whitening.running_root)
     assert bool(layer(x).isfinite().all())
     weight, bias = randn(*layer.weight.shape).float(), randn(len(layer.weight)).float()
-    found, theirs = unfold(weight, bias, layer.whitening), layer.whitening.remembered()
+    theirs = layer.whitening.remembered()
+    found = unfold(weight, bias, theirs.mean, theirs.roots, layer.whitening.blocks, theirs.scale)
     exact = [root.double() for root in theirs.roots]
     back = fold(*found, theirs.mean.double(), exact, layer.whitening.blocks, theirs.scale.double())
     torch.testing.assert_close(back[0], weight.double(), rtol=1e-6, atol=1e-6)

@@ -12,11 +12,10 @@ from torch.nn import functional as F
 
 import netdeconv
 from netdeconv import ConfigError, NumericalError, WhitenedConv2d, WhitenedLinear, WhiteningConfig
-from netdeconv.functional import fold
+from netdeconv.functional import fold, unfold
 from netdeconv.surgery import ChannelAffine
 from netdeconv.surgery.batches import max_relative_error
-from netdeconv.surgery.preserve import unfold
-from netdeconv.surgery.recognise import Clone
+from netdeconv.surgery.norms import Clone
 from netdeconv.zoo import create
 from small_networks import (
     BLOCKS,
@@ -157,8 +156,8 @@ def test_unfold_is_the_inverse_of_fold(name: str, groups: int) -> None:
     layer = WhitenedConv2d(6, 4, 3, groups=groups, dtype=torch.float64, whitening=CONFIGS[name])
     layer(torch.randn(9, 6, 7, 7, dtype=torch.float64) * torch.arange(1, 7)[:, None, None] + 1)
     weight, bias = torch.randn_like(layer.weight), torch.randn_like(layer.bias)
-    ours = unfold(weight, bias, layer.whitening)
     found = layer.whitening.remembered()
+    ours = unfold(weight, bias, found.mean, found.roots, layer.whitening.blocks, found.scale)
     assert not torch.allclose(ours[0], weight)
     back = fold(*ours, found.mean, found.roots, layer.whitening.blocks, found.scale)
     torch.testing.assert_close(back, (weight, bias), rtol=EXACT_TOLERANCE, atol=EXACT_TOLERANCE)
@@ -292,10 +291,22 @@ def test_layers_that_the_data_never_reach_stay_plain(how: str) -> None:
 def test_a_batch_norm_without_statistics_stays() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)).eval()
     x = torch.randn(4, 3, 5, 5)
-    with pytest.warns(UserWarning, match="no remembered statistics"):
+    with pytest.warns(UserWarning, match="no running statistics"):
         converted = netdeconv.convert(model, preserve=x)
     assert type(converted[1]) is nn.BatchNorm2d
     assert max_relative_error(converted(x), model(x)) < PRESERVED_TOLERANCE
+
+
+def test_a_batch_norm_that_is_written_out_goes_behind_a_layer_that_stays() -> None:
+    class Reads(ConvNormAct):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.conv.weight.sum()
+
+    model, x = trained(Reads(3)), torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"left as they were, to preserve the output: conv \(its weight is read"):
+        converted = netdeconv.convert(model, include=[nn.Conv2d, "norm"], preserve=x)
+    assert type(converted.conv) is nn.Conv2d and kinds(converted, ChannelAffine) == ["norm"]
+    torch.testing.assert_close(converted(x), model(x))
 
 
 def test_flags_modes_and_random_numbers_stay() -> None:

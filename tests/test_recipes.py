@@ -14,8 +14,9 @@ from netdeconv import WhitenedConv2d, cli
 pytest.importorskip("lightning")
 pytest.importorskip("torchvision")
 
-from netdeconv.lab.fit_command import parsed
+from netdeconv.lab.fit_command import built
 from netdeconv.lab.tasks import Classification, Segmentation
+from netdeconv.lab.training.arguments import full_arguments
 from netdeconv.lab.training.recipes import recipe_path, recipes
 
 COSINE = ("cosine", 128, 0.1, 1e-3)
@@ -72,7 +73,7 @@ def test_a_recipe_builds_the_published_training(name: str, trees: Path, tmp_path
         options.append(f"--data.root={trees}")
     else:
         options.append("--width=0.125")
-    found: Any = parsed("fit", options)
+    found: Any = built("fit", full_arguments("fit", options))
     assert (found.config.data["name"], found.config.data["batch_size"]) == (data, batch_size)
     assert (found.trainer.max_epochs, found.model.schedule.name) == (epochs, schedule)
     assert isinstance(found.model, Segmentation if data == "cityscapes" else Classification)

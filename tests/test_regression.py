@@ -61,7 +61,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     experiment = load("regression")
     settings = dataclasses.replace(experiment.sizes["smoke"], iterations=50, logistic_iterations=3)
     outcome = carry_out(experiment, settings, tmp_path_factory.mktemp("regression"), command="", show=False)
-    return {**outcome.record["result"], "verdict": outcome.presentation.verdict, "folder": outcome.folder}
+    return {**outcome.record["result"], "folder": outcome.folder}
 
 
 @pytest.mark.training
@@ -72,7 +72,6 @@ def test_white_input_arrives_in_one_iteration(digits: dict) -> None:
     assert inputs["raw"]["losses"][1] > 1.5 * optimum  # the test can fail
     assert 1.01 * optimum < inputs["steps5"]["losses"][1]  # five steps do not whiten
     assert all(loss >= optimum * (1 - _ROUNDING) for one in inputs.values() for loss in one["losses"])
-    assert digits["verdict"].startswith("The claim holds for the converged root")
 
 
 @pytest.mark.training

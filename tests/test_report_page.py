@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import re
 from pathlib import Path
@@ -78,7 +79,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = []
     for name, complete in (("first", True), ("second", False)):
         figures = [Picture(f"{name}-{i}", f'Caption {i} of "{name}".', picture) for i in range(2)]
-        presentation = Presentation("The claim holds. It <b>does</b>, by 1.5 points.", [NUMBERS] * 2, figures)
+        tables = [NUMBERS, dataclasses.replace(NUMBERS, title="", note="")]
+        presentation = Presentation(tables, figures)
         record = {
             "experiment": name,
             "command": f"netdeconv reproduce {name} --size small",
@@ -106,11 +108,20 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "report.html"
 
 
+def test_a_table_aligns() -> None:
+    table = Table(["", "a | b"], [["x", "1 ± 2"], ["longer", "3"]])
+    assert table.to_text().splitlines() == ["        a | b", "------  -----", "x       1 ± 2", "longer      3"]
+    assert table.to_markdown().splitlines() == ["|  | a \\| b |", "| --- | --: |", "| x | 1 ± 2 |", "| longer | 3 |"]
+    with pytest.raises(ValueError, match="expected 2 cells"):
+        Table(["a", "b"], [["1"]])
+
+
 def test_the_page_says_how_the_numbers_came_about(page: Path) -> None:
     text = page.read_text()
-    assert text.index("The claim holds.") < text.index("<table")
+    assert '<a href="#second">second</a><p>Claims &lt;b&gt;are&lt;/b&gt; escaped.</p>' in text
     assert "<code>netdeconv reproduce first --size small</code>; CPU, 1 of 2 cores, torch 2.0; 1.2 minutes" in text
     assert text.count("Not finished") == 1
+    assert text.count("<h3>") == 2 and "></h3>" not in text and "></p>" not in text
     assert "0.1, 0.2" in text
     assert html.escape(NUMBERS.rows[3][4]) in text and "<b>" not in text
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,12 +16,13 @@ import torch
 
 from netdeconv import ConfigError
 from netdeconv.cli import main
-from netdeconv.lab.experiments.experiment import SIZES, Experiment, Picture, Presentation, Workspace
-from netdeconv.lab.experiments.results import carry_out, markdown, outcomes, setting_line
+from netdeconv.lab.experiments.experiment import SIZES, Experiment, Picture, Presentation
+from netdeconv.lab.experiments.results import carry_out, markdown, origin, outcomes
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.progress import Progress
 from netdeconv.lab.report import Table
-from netdeconv.lab.store import RunStore
+from netdeconv.lab.store import read_json, write_json
+from netdeconv.lab.workspace import Workspace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ def _present(result: Mapping[str, Any]) -> Presentation:
     assert all(one["none"] is None for one in squares.values()), "NaN comes back as None, also in the first run"
     rows = [[name, f"{one['square']:g}"] for name, one in squares.items()]
     table = Table(["number", "square"], rows, title="Squares", note="By hand.")
-    return Presentation(f"{len(rows)} squares", [table], [Picture("squares", "A line.", lambda f: _line(f))])
+    return Presentation([table], [Picture("squares", "A line.", lambda f: _line(f))])
 
 
 def _line(figure: Any) -> None:
@@ -115,14 +117,14 @@ def test_a_device_is_part_of_what_numbers_depend_on(tmp_path: Path, capsys: pyte
     record = json.loads((tmp_path / "squares" / "result.json").read_text())
     assert record["device"] == "cpu" and "--device" not in record["command"]
     gpu = {**record, "device": "cuda", "machine": {**record["machine"], "gpu": "a large one"}}
-    assert setting_line(gpu).startswith(f"{record['command']}; a large one, ")
+    assert origin(gpu)[1].startswith("a large one, ")
     if not torch.cuda.is_available():
         assert main(["reproduce", "squares", "--out", str(tmp_path), "--device", "cuda"]) == 2
         assert "torch finds no GPU here" in capsys.readouterr().err
     only_here = dataclasses.replace(EXPERIMENT, devices=("cpu",))
     with pytest.raises(ConfigError, match="squares trains no network: expected --device cpu, got cuda"):
         carry_out(only_here, Settings(), tmp_path, command="", device="cuda", show=False)
-    progress = Progress(1, show=False)
+    progress = Progress(show=False)
     here, there = (Workspace(tmp_path, code=(), progress=progress, device=device) for device in ("cpu", "cuda"))
     assert here.part("one", {}, lambda: {"at": "cpu"}) == {"at": "cpu"}
     assert there.part("one", {}, lambda: {"at": "cuda"}) == {"at": "cuda"}
@@ -130,7 +132,7 @@ def test_a_device_is_part_of_what_numbers_depend_on(tmp_path: Path, capsys: pyte
 
 def test_minutes_are_those_of_all_parts_whenever_they_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 6000, 60))
-    monkeypatch.setattr("netdeconv.lab.experiments.experiment.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("netdeconv.lab.workspace.time.perf_counter", lambda: next(clock))
     first = carry_out(EXPERIMENT, Settings(), tmp_path, command="", show=False)
     again = carry_out(EXPERIMENT, Settings(), tmp_path, command="", show=False)
     assert first.record["minutes"] == again.record["minutes"] == 2
@@ -138,18 +140,58 @@ def test_minutes_are_those_of_all_parts_whenever_they_ran(tmp_path: Path, monkey
 
 def test_a_part_belongs_to_one_process_until_it_ends(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from netdeconv.lab.store import RunStore\n"
-        "with RunStore(Path(sys.argv[1])).claimed('part', {}, wait=True) as mine:\n"
-        "    print(mine, flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path\n"
+        "from netdeconv.lab.progress import Progress; from netdeconv.lab.workspace import Workspace\n"
+        "workspace = Workspace(Path(sys.argv[1]), code=(), progress=Progress(show=False))\n"
+        "workspace.part('part', {}, lambda: print('mine', flush=True) or time.sleep(600))"
     )
-    store = RunStore(tmp_path)
+    workspace = Workspace(tmp_path, code=(), progress=Progress(show=False))
     with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout is not None and other.stdout.readline() == "True\n"
-        with store.claimed("part", {}, wait=False) as mine:
-            assert not mine
-        other.kill()
-    with store.claimed("part", {}, wait=True) as mine:
-        assert mine
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "mine\n"
+            assert workspace.part_if_free("part", {}, lambda: {"by": "us"}) is None
+        finally:
+            other.kill()
+    assert workspace.part("part", {}, lambda: {"by": "us"}) == {"by": "us"}
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_parts_are_found_by_their_exact_settings(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path, code=(), progress=Progress(show=False))
+    settings = {"rate": 0.1, "grid": (1, 2)}
+    assert workspace.part("a", settings, lambda: {"loss": math.nan}) == {"loss": None}
+    assert workspace.finished("a", settings) == {"loss": None}
+    assert workspace.finished("a", {**settings, "rate": 0.2}) is None
+    assert workspace.finished("b", settings) is None
+    file = workspace.path("a", settings)
+    kept = read_json(file)
+    write_json(file, {**kept, "settings": {**kept["settings"], "rate": 0.2}})  # as if two settings had one hash
+    assert workspace.finished("a", settings) is None
+    file.write_text('{"settings"')  # a part of a file
+    assert workspace.part("a", settings, lambda: {"loss": 1.0}) == {"loss": 1.0}
+
+
+def test_fresh_repeats_what_is_finished_once(tmp_path: Path) -> None:
+    progress = Progress(show=False)
+    assert Workspace(tmp_path, code=(), progress=progress).part("a", {}, lambda: {"run": 1}) == {"run": 1}
+    fresh = Workspace(tmp_path, code=(), progress=progress, fresh=True)
+    assert fresh.finished("a", {}) is None
+    assert fresh.part("a", {}, lambda: {"run": 2}) == {"run": 2}
+    assert fresh.part("a", {}, lambda: {"run": 3}) == {"run": 2}
+
+
+def test_parts_of_other_code_are_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def parts(code: str, **settings: Any) -> str:
+        with Progress() as progress:
+            workspace = Workspace(tmp_path, code=(code,), progress=progress)
+            for name in ("a", "b"):
+                workspace.part(name, settings, lambda: {"found": 1})
+        return capsys.readouterr().err
+
+    for settings in ({}, {}, {"seed": 1}):
+        assert "not used" not in parts("config.py", **settings)
+    assert parts("errors.py").count(f"{tmp_path / 'parts'}: the 4 results there are by other code") == 1
+    assert "not used" not in parts("errors.py", seed=2)
 
 
 def test_report_writes_tables_pictures_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,7 +202,7 @@ def test_report_writes_tables_pictures_and_page(tmp_path: Path, capsys: pytest.C
     assert main(["report", str(tmp_path)]) == 0
     written = (tmp_path / "results.md").read_text()
     assert "| number | square |\n| --- | --: |\n| 1 | 1 |\n| 2 | 4 |" in written
-    assert "**Here:** A trial run, too short to judge the claim by. 2 squares" in written
+    assert written.endswith("A trial run, too short to judge the claim by.\n")
     assert "![A line.](squares/squares.png)" in written
     assert "`netdeconv reproduce squares --size smoke`;" in written
     assert picture.exists()
@@ -229,9 +271,9 @@ def test_all_goes_on_where_one_has_no_data(
     monkeypatch.setattr("netdeconv.lab.reproduce_command.EXPERIMENTS", dict.fromkeys(both, ("", "")))
     monkeypatch.setattr("netdeconv.lab.reproduce_command.load", both.__getitem__)
     assert main(["reproduce", "all", "--out", str(tmp_path), "--quiet"]) == 2
-    told = capsys.readouterr()
-    assert "1 of 2 experiments could not run. other: expected data in a folder" in told.err
-    assert "2 squares" in told.out
+    printed = capsys.readouterr()
+    assert "1 of 2 experiments could not run. other: expected data in a folder" in printed.err
+    assert "Numbers have squares." in printed.out
 
 
 def test_an_experiment_has_all_sizes() -> None:

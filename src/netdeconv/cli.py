@@ -9,11 +9,11 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from netdeconv import __version__
 from netdeconv.errors import ConfigError
@@ -23,6 +23,7 @@ __all__ = ["main"]
 # Libraries of the extra "lab", by the name they are imported with.
 _LAB = {
     "docstring_parser",
+    "jinja2",
     "jsonargparse",
     "lightning",
     "matplotlib",
@@ -44,7 +45,16 @@ _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line."""
+    """An argument parser whose complaints are one line, and name the option that is nearest."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            from netdeconv.lab.names import nearest
+
+            hint = nearest(unknown[0].partition("=")[0], self._option_string_actions)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}. {hint}")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(_USER_ERROR, f"{self.prog}: {message}. See {self.prog} --help\n")
@@ -139,79 +149,22 @@ def _complain(prog: str, what: str, remedy: str) -> int:
     return _USER_ERROR
 
 
-def _demo_arguments(parser: argparse.ArgumentParser) -> None:
-    from netdeconv.lab.experiments.demo_settings import DemoSettings
-    from netdeconv.lab.options import add_options
+def _lab(place: str) -> Callable[..., Any]:
+    """A function of the lab, by its module and name, whose module is imported when it is called."""
+    module, _, name = place.rpartition(".")
 
-    helps = {
-        "epochs": ("N", "passes over the training images"),
-        "seeds": ("N", "runs at every learning rate"),
-        "rates": ("RATE", "learning rates to try"),
-        "batch_size": ("N", "images in a training batch"),
-        "target": ("SHARE", "test accuracy to count the epochs to"),
-        "threads": ("N", "threads to compute with"),
-    }
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="run folder (default: runs/demo)"
-    )
-    add_options(parser, DemoSettings, helps)
-    quick = DemoSettings.quick()
-    rates = " ".join(f"{rate:g}" for rate in quick.rates)
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help=f"other defaults: {quick.epochs} epochs, {quick.seeds} seeds, rates {rates}",
-    )
-    parser.add_argument("--fresh", action="store_true", help="repeat runs that are finished already")
-    parser.add_argument("--quiet", action="store_true", help="no progress, only the table")
+    def call(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"netdeconv.lab.{module}"), name)(*arguments)
 
-
-def _demo(args: argparse.Namespace) -> int:
-    from netdeconv.lab.experiments.demo_settings import DemoSettings
-
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(DemoSettings) if hasattr(args, f.name)}
-    if "rates" in given:
-        given["rates"] = tuple(given["rates"])
-    settings = DemoSettings.quick(**given) if args.quick else DemoSettings(**given)
-    try:
-        from netdeconv.lab.experiments import demo, demo_report
-
-        metrics = demo.run_demo(args.out, settings, fresh=args.fresh, show=not args.quiet)
-    except KeyboardInterrupt:
-        print(f"\nStopped. Finished runs are kept; the same command goes on from {args.out}.", file=sys.stderr)
-        return _INTERRUPTED
-    print("\n" + demo_report.summary(metrics, args.out))
-    return 0
-
-
-def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    from netdeconv.lab.benchmark import command
-
-    command.add_arguments(parser)
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from netdeconv.lab.benchmark import command
-
-    return command.run(args)
+    return call
 
 
 def _reproduce(args: argparse.Namespace) -> int:
-    from netdeconv.lab import reproduce_command
-
-    return reproduce_command.reproduce(args.arguments, _Parser)
+    return _lab("reproduce_command.reproduce")(args.arguments, _Parser)
 
 
-def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    from netdeconv.lab import reproduce_command
-
-    reproduce_command.report_arguments(parser)
-
-
-def _report(args: argparse.Namespace) -> int:
-    from netdeconv.lab import reproduce_command
-
-    return reproduce_command.report(args)
+def _training(name: str) -> Callable[[argparse.Namespace], int]:
+    return lambda args: _lab("fit_command.run")(name, args.arguments)
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -228,37 +181,6 @@ def _export(args: argparse.Namespace) -> int:
     return export_command.run(args, export_onnx)
 
 
-def _inspect_arguments(parser: argparse.ArgumentParser) -> None:
-    from netdeconv.lab import inspect_command
-
-    inspect_command.add_arguments(parser)
-
-
-def _inspect(args: argparse.Namespace) -> int:
-    from netdeconv.lab import inspect_command
-
-    return inspect_command.run(args)
-
-
-def _training(name: str) -> Callable[[argparse.Namespace], int]:
-    def run(args: argparse.Namespace) -> int:
-        from netdeconv.lab import fit_command
-
-        return fit_command.run(name, args.arguments)
-
-    return run
-
-
-def _no_arguments(parser: argparse.ArgumentParser) -> None:
-    del parser
-
-
-def _recipes(args: argparse.Namespace) -> int:
-    from netdeconv.lab import fit_command
-
-    return fit_command.run_recipes(args)
-
-
 COMMANDS = (
     Command(
         "fit",
@@ -268,18 +190,18 @@ COMMANDS = (
     ),
     Command("validate", "Evaluate a trained network on the validation part.", None, _training("validate")),
     Command("test", "Evaluate a trained network on the test part.", None, _training("test")),
-    Command("recipes", "List the recipes for fit.", _no_arguments, _recipes),
+    Command("recipes", "List the recipes for fit.", lambda parser: None, _lab("fit_command.run_recipes")),
     Command(
         "demo",
         "Train a small network on digits with batch normalisation and with network deconvolution, and compare.",
-        _demo_arguments,
-        _demo,
+        _lab("reproduce_command.demo_arguments"),
+        _lab("reproduce_command.demo"),
     ),
     Command(
         "bench",
         "Measure time, memory and accuracy of network deconvolution, beside batch normalisation's.",
-        _bench_arguments,
-        _bench,
+        _lab("benchmark.command.add_arguments"),
+        _lab("benchmark.command.run"),
     ),
     Command(
         "reproduce",
@@ -290,14 +212,14 @@ COMMANDS = (
     Command(
         "report",
         "Write tables, pictures and one HTML page of the results of reproduce.",
-        _report_arguments,
-        _report,
+        _lab("reproduce_command.report_arguments"),
+        _lab("reproduce_command.report"),
     ),
     Command(
         "inspect",
         "Show the input of every layer of a network: correlation, sparsity and the state of its whitening.",
-        _inspect_arguments,
-        _inspect,
+        _lab("inspect_command.add_arguments"),
+        _lab("inspect_command.run"),
     ),
     Command(
         "export",

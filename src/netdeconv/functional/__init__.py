@@ -10,6 +10,7 @@ from netdeconv.functional.patches import Window, gather_patches, mean_patch
 from netdeconv.functional.sampling import Sample, corner_patches, spread_patches
 from netdeconv.functional.scale import channel_variance, scale_of, varies, what_varies
 from netdeconv.functional.step import Geometry, Slope, scale_and_slope, whitened_convolution
+from netdeconv.functional.unfold import unfold
 
 __all__ = [
     "SOLVERS",
@@ -30,6 +31,7 @@ __all__ = [
     "scale_and_slope",
     "scale_of",
     "spread_patches",
+    "unfold",
     "varies",
     "what_varies",
     "whitened_convolution",

@@ -1,4 +1,4 @@
-"""Where the lab computes, and how exactly."""
+"""Where the lab computes, with how many threads, and how exactly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from netdeconv import ConfigError
 
-__all__ = ["DEVICES", "device_of", "matmul_precision"]
+__all__ = ["DEVICES", "device_of", "matmul_precision", "threads"]
 
 DEVICES = ("cpu", "cuda")
 
@@ -34,3 +34,14 @@ def matmul_precision(name: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Compute with so many threads; ``None`` leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,49 +67,42 @@ def fit_difference_of_gaussians(kernel: Tensor) -> DifferenceOfGaussians:
     offsets = np.arange(len(weights)) - len(weights) // 2
     squares = (offsets[:, None] ** 2 + offsets**2).ravel().astype(float)
     target = weights.ravel()
-    (both, alone), widths, model = _best(squares, target, len(weights), two=True)
-    _, _, single = _best(squares, target, len(weights), two=False)
+    found, model = _best(_difference, squares, target, [(0, np.inf), (0, np.inf), (_NARROWEST, len(weights)), _RATIO])
+    _, single = _best(_gaussian, squares, target, [(0, np.inf), (_NARROWEST, len(weights))])
+    surround, above, width, ratio = map(float, found)
     around = squares > 0
     return DifferenceOfGaussians(
-        centre=float(both + alone),
-        surround=float(both),
-        centre_width=float(widths[0]),
-        surround_width=float(widths[1]),
+        centre=surround + above,
+        surround=surround,
+        centre_width=width,
+        surround_width=width * ratio,
         r2=_described(model, target),
         r2_around=_described(model[around], target[around]),
         r2_centre_only=_described(single, target),
     )
 
 
-def _best(squares: Any, target: Any, side: int, *, two: bool) -> tuple[Any, Any, Any]:
-    """Heights, widths and values of the best fit; the heights follow from the widths, which alone are searched for."""
-    from scipy.optimize import minimize
+def _gaussian(squares: Any, height: Any, width: Any) -> Any:
+    return height * np.exp(-squares / (2 * width**2))
 
-    bounds = np.log([(_NARROWEST, side), _RATIO])[: 1 + two]
-    starts = itertools.product(_CENTRES, _RATIOS if two else (1.0,))
 
-    def loss(logs: Any) -> float:
-        return float(((_solved(logs, squares, target)[2] - target) ** 2).sum())
+def _difference(squares: Any, surround: Any, above: Any, width: Any, ratio: Any) -> Any:
+    """The centre's height is the surround's and what is above it."""
+    return _gaussian(squares, surround + above, width) - _gaussian(squares, surround, width * ratio)
 
+
+def _best(model: Callable[..., Any], squares: Any, target: Any, bounds: Sequence[Any]) -> tuple[Any, Any]:
+    """Parameters and values of the best fit of all starts."""
+    from scipy.optimize import least_squares
+
+    heights = [1.0] * (len(bounds) // 2)
+    starts = ([*heights, width, ratio][: len(bounds)] for width, ratio in itertools.product(_CENTRES, _RATIOS))
     found = [
-        minimize(loss, np.log(start)[: 1 + two], method="Nelder-Mead", bounds=bounds)
+        least_squares(lambda parameters: model(squares, *parameters) - target, start, bounds=np.transpose(bounds))
         for start in starts
     ]
-    return _solved(min(found, key=lambda one: one.fun).x, squares, target)
-
-
-def _solved(logs: Any, squares: Any, target: Any) -> tuple[Any, Any, Any]:
-    """The best heights for the logarithms of the centre's width and of the ratio of widths.
-
-    Heights of what is subtracted at the same height, and of what is not; both at least 0.
-    """
-    from scipy.optimize import nnls
-
-    widths = np.exp(np.cumsum(logs))
-    gaussians = np.exp(-squares[:, None] / (2 * widths**2))
-    columns = gaussians if len(widths) == 1 else np.stack([gaussians[:, 0] - gaussians[:, 1], gaussians[:, 0]], axis=1)
-    heights, _ = nnls(columns, target)
-    return heights, widths, columns @ heights
+    best = min(found, key=lambda one: float(one.cost)).x
+    return best, model(squares, *best)
 
 
 def _described(model: Any, target: Any) -> float:

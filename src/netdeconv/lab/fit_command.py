@@ -19,14 +19,13 @@ from netdeconv.lab.saved import content_of, place
 from netdeconv.lab.training.arguments import full_arguments
 from netdeconv.lab.training.claim import claimed
 from netdeconv.lab.training.folder import check_same_settings, find_checkpoint, note_start, write_config
-from netdeconv.lab.training.help import help_text
-from netdeconv.lab.training.messages import in_one_line
+from netdeconv.lab.training.options import help_text
 from netdeconv.lab.training.recipes import recipes
 
 if TYPE_CHECKING:
-    from netdeconv.lab.training.command_line import TrainingCLI
+    from netdeconv.lab.training.command_line import Training
 
-__all__ = ["DIVERGED", "parsed", "run", "run_recipes"]
+__all__ = ["DIVERGED", "built", "run", "run_recipes"]
 
 DIVERGED = 1  # exit code of a training whose loss is NaN at the end
 _TERMINATED = 128 + signal.SIGTERM
@@ -82,7 +81,7 @@ def run(command: str, arguments: Sequence[str], *, quiet: bool = False) -> int:
     with quiet_lightning(diverging=True), warnings.catch_warnings():
         for message in _NOT_OURS:
             warnings.filterwarnings("ignore", message=message)
-        cli = _built(command, words)
+        cli = built(command, words)
         if cli is None:
             return 0
         try:
@@ -127,31 +126,26 @@ def run_recipes(args: argparse.Namespace) -> int:
     return 0
 
 
-def parsed(command: str, arguments: Sequence[str]) -> TrainingCLI | None:
-    """Data, task and trainer, not run yet; ``None`` after ``--help``.
+def built(command: str, words: Sequence[str]) -> Training | None:
+    """Data, task and trainer, not run yet; ``None`` after ``--help-all`` and ``--print_config``.
+
+    Args:
+        command: as of :func:`run`.
+        words: its arguments, see :func:`netdeconv.lab.training.arguments.full_arguments`.
 
     Raises:
         ConfigError: a mistake of the user.
     """
-    return _built(command, full_arguments(command, arguments))
-
-
-def _built(command: str, words: list[str]) -> TrainingCLI | None:
-    from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from netdeconv.lab.training.command_line import TrainingCLI
+    from netdeconv.lab.training.command_line import Training
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # jsonargparse, of names that Lightning uses as well
-            return TrainingCLI(words, command)
+        return Training(command, words)
     except SystemExit as stop:
         if stop.code:
             raise
         return None
-    except ArgumentError as error:
-        raise ConfigError(in_one_line(str(error))) from error
     except MisconfigurationException as error:
         raise ConfigError(str(error)) from error
 
@@ -162,7 +156,7 @@ def _wait_for(what: str, shown: bool) -> None:
         print(f"{what} ...", file=sys.stderr, flush=True)
 
 
-def _fit(cli: TrainingCLI, shown: bool) -> int:
+def _fit(cli: Training, shown: bool) -> int:
     from netdeconv.lab.training.output import diverged, ending
     from netdeconv.lab.training.signature import check_checkpoint
 
@@ -211,7 +205,7 @@ def _fit(cli: TrainingCLI, shown: bool) -> int:
     return DIVERGED
 
 
-def _evaluate(cli: TrainingCLI, command: str) -> int:
+def _evaluate(cli: Training, command: str) -> int:
     from netdeconv.lab.training.signature import check_checkpoint
 
     checkpoint = find_checkpoint(cli.out, cli.ckpt_path, order=("best", "last"))
@@ -243,7 +237,7 @@ def _advice(error: Exception) -> str | None:
     return next((advice for pattern, advice in _OF_SETTINGS.items() if re.search(pattern, str(error))), None)
 
 
-def _goes_on(cli: TrainingCLI) -> str:
+def _goes_on(cli: Training) -> str:
     kept = (cli.out / "checkpoints" / "last.ckpt").is_file()
     return (
         f"The same command goes on from {cli.out}" if kept else f"No checkpoint was saved yet in {cli.out}"

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from netdeconv.inspect import LayerView, centre_filters
-from netdeconv.lab.plots import LINES, png, tidy
+from netdeconv.lab.plots import draw_layers, draw_matrices, png
 from netdeconv.lab.report import Page, Table
 from netdeconv.lab.store import write_whole
 
@@ -71,35 +71,33 @@ def write(
     out: Path, title: str, line: str, net: nn.Module, views: Sequence[LayerView], costs: Mapping[str, float]
 ) -> list[Path]:
     """Write ``inspect.html`` and its pictures; returns the files."""
-    pictures = [("layers.png", _layers(views), "Correlation and kurtosis of every layer's input", _OF_LAYERS)]
     maps = [view for view in views if view.features > 1 and view.taps > 1] or list(views)
-    chosen = list(dict.fromkeys([maps[0].name, maps[len(maps) // 2].name, maps[-1].name]))
-    pictures.append(
-        (
-            "correlation.png",
+    chosen = {maps[0].name, maps[len(maps) // 2].name, maps[-1].name}
+    pictures = {
+        "filters.png": (_filters(net, views[0]), "Filters of the first layer", _OF_FILTERS),
+        "layers.png": (_layers(views), "Correlation and kurtosis of every layer's input", _OF_LAYERS),
+        "correlation.png": (
             _correlations([view for view in views if view.name in chosen]),
             "Absolute correlation matrices",
             f"Absolute correlation of the first {_DRAWN} features of a patch, ordered by channel, then by tap.",
-        )
-    )
-    filters = _filters(net, views[0])
-    if filters is not None:
-        pictures.insert(0, ("filters.png", filters, "Filters of the first layer", _OF_FILTERS))
+        ),
+    }
     page = Page(title, wide=True)
     page.paragraph(line)
     table = layer_table(views, costs)
     page.heading(table.title)
     page.table(table)
     page.paragraph(table.note, soft=True)
-    files = []
-    for name, figure, alt, caption in pictures:
-        content = png(figure)
-        page.heading(alt)
-        page.picture(content, alt=alt, caption=caption)
-        files.append(out / name)
-        write_whole(files[-1], content)
-    write_whole(out / "inspect.html", page.to_html().encode())
-    return [out / "inspect.html", *files]
+    files = [out / "inspect.html"]
+    for name, (figure, heading, caption) in pictures.items():
+        if figure is not None:
+            page.heading(heading)
+            content = png(figure)
+            page.picture(content, alt=heading, caption=caption)
+            files.append(out / name)
+            write_whole(files[-1], content)
+    write_whole(files[0], page.to_html().encode())
+    return files
 
 
 _OF_LAYERS = (
@@ -120,41 +118,34 @@ def _pair(view: LayerView, name: str, digits: int) -> str:
 
 def _layers(views: Sequence[LayerView]) -> Figure:
     figure = Figure(figsize=(11, 3.8), dpi=130, layout="constrained")
-    for axes, key, label in zip(
-        figure.subplots(1, 2), ("correlation", "kurtosis"), ("mean |correlation|", "kurtosis"), strict=True
+    left, right = figure.subplots(1, 2)
+    for axes, key, more in (
+        (left, "correlation", {"ylabel": "mean |correlation|", "ylim": (0, None)}),
+        (right, "kurtosis", {"ylabel": "kurtosis", "yscale": "log"}),
     ):
-        axes.plot([getattr(view.raw, key) for view in views], label="before whitening", markersize=4, **LINES[0])
-        white = [math.nan if view.whitened is None else getattr(view.whitened, key) for view in views]
-        if not all(map(math.isnan, white)):
-            axes.plot(white, label="after whitening", markersize=4, **LINES[1])
-        step = max(1, math.ceil(len(views) / 16))
-        axes.set_xticks(range(0, len(views), step), [view.name for view in views][::step], rotation=40, ha="right")
-        axes.tick_params(axis="x", labelsize=7)
-        axes.set(xlabel="layer", ylabel=label)
-        axes.legend(fontsize=8, frameon=False)
-    figure.axes[0].set_ylim(0, None)
-    figure.axes[1].set_yscale("log")
-    for axes in figure.axes:
-        tidy(axes)
+        lines = {"before whitening": [getattr(view.raw, key) for view in views]}
+        if any(view.whitened for view in views):
+            white = [math.nan if view.whitened is None else getattr(view.whitened, key) for view in views]
+            lines["after whitening"] = white
+        draw_layers(axes, [view.name for view in views], lines, xlabel="layer", **more)
     return figure
 
 
 def _correlations(views: Sequence[LayerView]) -> Figure:
     figure = Figure(figsize=(6.6, 3.1 * len(views)), dpi=130, layout="constrained")
-    grid = figure.subplots(len(views), 2, squeeze=False)
-    picture: Any = None
-    for row, view in zip(grid, views, strict=True):
-        for axes, responses, when in zip(row, (view.raw, view.whitened), ("before", "after"), strict=True):
-            if responses is None:
-                axes.set_axis_off()
-                continue
-            matrix = responses.matrix[:_DRAWN, :_DRAWN].abs().numpy()
-            picture = axes.imshow(matrix, vmin=0, vmax=1, cmap="cividis", interpolation="nearest")
-            axes.set_title(f"{view.name}, {when}: mean {responses.correlation:.3f}", fontsize=9)
+    rows = [
+        [
+            None
+            if responses is None
+            else (f"{view.name}, {when}: mean {responses.correlation:.3f}", responses.matrix[:_DRAWN, :_DRAWN].cpu())
+            for responses, when in ((view.raw, "before"), (view.whitened, "after"))
+        ]
+        for view in views
+    ]
+    for first, second in draw_matrices(figure, rows):
+        first.set_ylabel("feature (channel, then tap)", fontsize=8)
+        for axes in (first, second):
             axes.set_xlabel("feature", fontsize=8)
-            axes.tick_params(labelsize=7)
-        row[0].set_ylabel("feature (channel, then tap)", fontsize=8)
-    figure.colorbar(picture, ax=grid, shrink=0.6, label="|correlation|")
     return figure
 
 

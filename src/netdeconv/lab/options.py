@@ -1,15 +1,19 @@
-"""Command line options for settings that are kept in a dataclass; light, for the parser loads it at once."""
+"""Options of benchmarks and experiments from the fields of a dataclass, whose help is light.
+
+By argparse: their lists are several words behind one option, their switches take no value, and their names have dashes,
+all of which jsonargparse's options of classes have otherwise.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 from netdeconv import ConfigError
 
-__all__ = ["add_field_options", "add_options", "check_fields", "given_options", "option"]
+__all__ = ["add_field_options", "check_fields", "given_options", "option"]
 
 
 def option(default: Any, text: str, *, kind: type | None = None, choices: tuple[str, ...] | None = None) -> Any:
@@ -79,28 +83,6 @@ def given_options(args: argparse.Namespace, settings: type) -> dict[str, Any]:
         for field in dataclasses.fields(settings)
         if (value := getattr(args, field.name, None)) is not None
     }
-
-
-def add_options(parser: argparse.ArgumentParser, settings: type, helps: Mapping[str, tuple[str, str]]) -> None:
-    """One option for every named setting; those not given are left out of the parsed arguments.
-
-    Args:
-        parser: gets the options.
-        settings: dataclass with defaults; a setting whose default is a tuple takes several values.
-        helps: placeholder and explanation of every setting, by its name.
-    """
-    for name, (metavar, text) in helps.items():
-        default: Any = getattr(settings, name)
-        several = isinstance(default, tuple)
-        shown = " ".join(map(_shown, default)) if several else default
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=type(default[0] if several else default),
-            nargs="+" if several else None,
-            default=argparse.SUPPRESS,
-            metavar=metavar,
-            help=f"{text} (default: {shown})",
-        )
 
 
 def _shown(value: Any) -> str:

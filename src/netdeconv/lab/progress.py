@@ -9,8 +9,6 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from netdeconv import NonFiniteWarning
@@ -30,20 +28,18 @@ class Progress:
     line that stays.
 
     Args:
-        runs: how many runs there are.
-        done: how many of them are finished already.
         stream: where to draw; standard error when ``None``.
         show: ``False`` prints nothing at all.
     """
 
-    def __init__(self, runs: int, done: int = 0, *, stream: TextIO | None = None, show: bool = True) -> None:
+    def __init__(self, *, stream: TextIO | None = None, show: bool = True) -> None:
         self.stream = sys.stderr if stream is None else stream
         self.show = show
         self.drawn = show and self.stream.isatty()
         options: dict[str, Any] = {
             "file": self.stream, "disable": not self.drawn, "leave": False, "bar_format": _FORMAT
         }  # fmt: skip
-        self._all = tqdm(total=runs, initial=done, desc="all runs", unit="run", position=0, **options)
+        self._all = tqdm(total=0, desc="all runs", unit="run", position=0, **options)
         self._run = tqdm(total=1, unit="step", position=1, **options)
 
     def __enter__(self) -> Progress:
@@ -54,8 +50,8 @@ class Progress:
         self._all.close()
 
     def expect(self, runs: int) -> None:
-        """So many runs there will be."""
-        self._all.total = runs
+        """So many more runs there will be."""
+        self._all.total += runs
         self._all.refresh()
 
     def start_run(self, name: str, steps: int) -> None:
@@ -78,26 +74,6 @@ class Progress:
             tqdm.write(line, file=self.stream)
             self.stream.flush()
 
-    def callback(self) -> StepBar:
-        """What makes a Lightning trainer move the bar."""
-        return StepBar(self)
-
-
-class StepBar(ProgressBar):
-    """Lightning's progress bar, drawn in the place that :class:`Progress` keeps for it."""
-
-    def __init__(self, progress: Progress) -> None:
-        super().__init__()
-        self._progress = progress
-
-    def disable(self) -> None:
-        self._progress.drawn = False
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._progress.step()
-
 
 @contextlib.contextmanager
 def quiet_lightning(*, diverging: bool = False) -> Iterator[None]:
@@ -108,6 +84,8 @@ def quiet_lightning(*, diverging: bool = False) -> Iterator[None]:
     Args:
         diverging: let whitening's warnings through.
     """
+    import lightning.pytorch  # noqa: F401 - sets the levels of its loggers when it is loaded
+
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

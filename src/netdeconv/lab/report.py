@@ -1,17 +1,15 @@
-"""Tables as text and HTML, and pages that are one self-contained file."""
+"""Tables for terminals, Markdown and HTML, and pages that are one self-contained file."""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
-import html
 import struct
-import unicodedata
 from collections.abc import Sequence
-
-from netdeconv.lab.page_style import SCRIPT, STYLE
+from typing import Any
 
 __all__ = ["Page", "Table"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:
@@ -36,16 +34,10 @@ class Table:
 
     def to_text(self) -> str:
         """Aligned columns for a terminal."""
-        lines = [list(self.columns), *map(list, self.rows)]
-        widths = [max(_width(line[i]) for line in lines) for i in range(len(self.columns))]
-
-        def row(cells: Sequence[str]) -> str:
-            first = cells[0] + " " * (widths[0] - _width(cells[0]))
-            rest = [" " * (w - _width(c)) + c for c, w in zip(cells[1:], widths[1:], strict=True)]
-            return "  ".join([first, *rest]).rstrip()
-
-        rule = "  ".join("-" * w for w in widths)
-        return "\n".join([row(self.columns), rule, *(row(cells) for cells in self.rows)])
+        widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
+        form = "  ".join(f"{{:{'>' * (i > 0)}{width}}}" for i, width in enumerate(widths))
+        lines = [self.columns, ["-" * width for width in widths], *self.rows]
+        return "\n".join(form.format(*line).rstrip() for line in lines)
 
     def to_markdown(self) -> str:
         """A Markdown table, without title and note; numbers to the right."""
@@ -53,24 +45,9 @@ class Table:
         lines = [self.columns, rule, *self.rows]
         return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
-    def to_html(self, *, words: bool = False) -> str:
-        """An HTML table in a box that scrolls sideways, sorted by a click on a heading.
-
-        ``words`` sets all columns to the left, and leaves the order as it is.
-        """
-        names = (html.escape(name) for name in self.columns)
-        button = "{}" if words else '<button type="button">{}</button>'
-        head = "".join(f'<th scope="col">{button.format(name) if name else name}</th>' for name in names)
-        lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in self.rows)
-        body = "\n".join(f"<tr>{line}</tr>" for line in lines)
-        return (
-            f'<div class="scroll" tabindex="0"><table class="{"words" if words else "sortable"}">\n'
-            f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
-        )
-
 
 class Page:
-    """An HTML page that is built up from the top and needs no other file.
+    """An HTML page that is built up from the top and needs no other file; ``templates/page.html`` is how it looks.
 
     Args:
         title: heading of the page and name of the window.
@@ -80,67 +57,41 @@ class Page:
     def __init__(self, title: str, *, wide: bool = False) -> None:
         self.title = title
         self.wide = wide
-        self._parts: list[str] = []
+        self._parts: list[tuple[str, dict[str, Any]]] = []
 
-    def heading(self, text: str, *, anchor: str = "", below: bool = False) -> None:
-        """Start a section, which links lead to by its anchor; or one ``below`` it."""
-        level, place = (3 if below else 2), f' id="{html.escape(anchor)}"' if anchor else ""
-        self._parts.append(f"<h{level}{place}>{html.escape(text)}</h{level}>")
+    def heading(self, text: str, *, anchor: str = "", level: int = 2) -> None:
+        """Start a section, which links lead to by its anchor."""
+        self._parts.append(("heading", {"text": text, "anchor": anchor, "level": level}))
 
-    def contents(self, entries: Sequence[tuple[str, str, str]]) -> None:
-        """A list of the sections: anchor, heading and a sentence of each."""
-        lines = (
-            f'<li><a href="#{html.escape(anchor)}">{html.escape(name)}</a><p>{html.escape(text)}</p></li>'
-            for anchor, name, text in entries
-        )
-        self._parts.append('<ul class="contents">\n' + "\n".join(lines) + "\n</ul>")
-
-    def verdict(self, text: str) -> None:
-        """What came out, set apart."""
-        self._parts.append(f'<p class="verdict">{html.escape(text)}</p>')
-
-    def code(self, text: str, after: str) -> None:
-        """A command, and plain text behind it."""
-        self._parts.append(f'<p class="soft"><code>{html.escape(text)}</code>{html.escape(after)}</p>')
-
-    def folded(self, summary: str, table: Table) -> None:
-        """A table of words that opens with a click on its summary."""
-        self._parts.append(
-            f"<details><summary>{html.escape(summary)}</summary>\n{table.to_html(words=True)}\n</details>"
-        )
+    def contents(self, entries: Sequence[tuple[str, str]]) -> None:
+        """A list of the sections: anchor, which is the heading, too, and a sentence of each."""
+        self._parts.append(("contents", {"entries": entries}))
 
     def paragraph(self, text: str, *, soft: bool = False) -> None:
         """A paragraph of plain text; ``soft`` sets it back."""
-        kind = ' class="soft"' if soft else ""
-        self._parts.append(f"<p{kind}>{html.escape(text)}</p>")
+        self._parts.append(("paragraph", {"text": text, "soft": soft}))
 
     def table(self, table: Table, *, words: bool = False) -> None:
-        """A table, see :meth:`Table.to_html`."""
-        self._parts.append(table.to_html(words=words))
+        """A table that a click on a heading sorts; ``words`` sets all columns to the left, in the order given."""
+        self._parts.append(("table", {"table": table, "words": words}))
 
     def picture(self, png: bytes, *, alt: str, caption: str) -> None:
         """A PNG picture, embedded, with a caption; on narrow screens a wide one scrolls sideways."""
         width, height = struct.unpack(">2I", png[16:24])  # of the header that every PNG begins with
-        kind = ' class="wide"' if width > 1.6 * height else ""
         data = base64.b64encode(png).decode()
-        self._parts.append(
-            f'<figure><div class="scroll" tabindex="0"><img{kind} alt="{html.escape(alt)}" '
-            f'width="{width}" height="{height}" src="data:image/png;base64,{data}"></div>\n'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        )
+        shown = {"data": data, "width": width, "height": height, "alt": alt, "caption": caption}
+        self._parts.append(("picture", shown))
+
+    def origin(self, command: str, rest: str, settings: Table) -> None:
+        """How numbers came about: a command, plain text behind it, and a table that opens with a click."""
+        self._parts.append(("origin", {"command": command, "rest": rest, "settings": settings}))
 
     def to_html(self) -> str:
         """The whole page."""
-        title, body = html.escape(self.title), "\n".join(self._parts)
-        kind = ' class="wide"' if self.wide else ""
-        return (
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f'<title>{title}</title>\n<link rel="icon" href="data:,">\n<style>{STYLE}</style>\n</head>\n'
-            f"<body>\n<main{kind}>\n<h1>{title}</h1>\n{body}\n</main>\n<script>{SCRIPT}</script>\n</body>\n</html>\n"
+        import jinja2  # here, as tables do without it
+
+        templates = jinja2.Environment(
+            loader=jinja2.PackageLoader("netdeconv.lab"), autoescape=True, trim_blocks=True, lstrip_blocks=True
         )
-
-
-def _width(text: str) -> int:
-    """Columns that a text takes in a terminal."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+        page = templates.get_template("page.html")
+        return page.render(title=self.title, wide=self.wide, parts=self._parts) + "\n"

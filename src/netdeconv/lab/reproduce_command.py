@@ -1,11 +1,11 @@
-"""The commands ``netdeconv reproduce`` and ``netdeconv report``."""
+"""The commands ``netdeconv reproduce``, ``netdeconv demo`` and ``netdeconv report``."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from netdeconv.lab.experiments.registry import EXPERIMENTS, load
 from netdeconv.lab.options import add_field_options, given_options
 from netdeconv.lab.store import write_whole
 
-__all__ = ["report", "report_arguments", "reproduce"]
+__all__ = ["demo", "demo_arguments", "report", "report_arguments", "reproduce"]
 
 _OUT = Path("runs/reproduce")
 _INTERRUPTED = 130
@@ -105,8 +105,6 @@ def _shown(
 ) -> int:
     from netdeconv.lab.experiments.results import carry_out, text
 
-    if args.threads is not None and args.threads < 1:
-        raise ConfigError(f"expected threads of at least 1, got {args.threads}")
     command = _command(experiment.name, args.size, changes) + (f" --device {device}" if device != "cpu" else "")
     try:
         outcome = carry_out(
@@ -121,10 +119,14 @@ def _shown(
             show=not args.quiet,
         )
     except KeyboardInterrupt:
-        print(f"\nStopped. Finished parts are kept; the same command goes on from {args.out}.", file=sys.stderr)
-        return _INTERRUPTED
+        return _stopped(args.out)
     print(text(outcome) + "\n")
     return 0
+
+
+def _stopped(out: Path) -> int:
+    print(f"\nStopped. Finished parts are kept; the same command goes on from {out}.", file=sys.stderr)
+    return _INTERRUPTED
 
 
 def _command(name: str, size: str, changes: dict[str, Any]) -> str:
@@ -139,6 +141,59 @@ def _command(name: str, size: str, changes: dict[str, Any]) -> str:
 
 def _several(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
+
+
+# What the demo shows beside its training, in seconds: changes to the size "small".
+_BESIDE: Mapping[str, Mapping[str, Any]] = {
+    "filters": {"images": ("photographs",), "sizes": (7,), "stride": 3},
+    "correlation": {"dataset": "digits", "network": "small", "width": 1.0, "images": 128},
+}
+
+
+def demo_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where, how long and how often."""
+    from netdeconv.lab.experiments.demo import QUICK, DemoSettings
+
+    out = Path("runs/demo")
+    parser.add_argument("--out", type=Path, default=out, metavar="DIR", help=f"run folder (default: {out})")
+    add_field_options(parser, DemoSettings())
+    quick = ", ".join(f"{key} {' '.join(f'{one:g}' for one in _several(value))}" for key, value in QUICK.items())
+    parser.add_argument("--quick", action="store_true", help=f"other defaults: {quick}")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads to compute with (default: 1)")
+    parser.add_argument("--fresh", action="store_true", help="repeat trainings that are finished already")
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the table")
+
+
+def demo(args: argparse.Namespace) -> int:
+    """Carry out the experiment demo, show filters and correlation beside it, and write one page; the exit code."""
+    from netdeconv.lab.experiments.demo import QUICK, DemoSettings
+    from netdeconv.lab.experiments.report_page import write_page
+    from netdeconv.lab.experiments.results import carry_out, text
+
+    if (args.out / "metrics.json").is_file():
+        print(f"{args.out}: metrics.json and runs are of an earlier version, and not used", file=sys.stderr)
+    changes = {**(QUICK if args.quick else {}), **given_options(args, DemoSettings)}
+    found = []
+    try:
+        for name, changed in {"demo": changes, **_BESIDE}.items():
+            experiment = load(name)
+            found.append(
+                carry_out(
+                    experiment,
+                    dataclasses.replace(experiment.sizes["small"], **changed),
+                    args.out,
+                    command=_command(name, "small", dict(changed)),
+                    thread_count=args.threads,
+                    fresh=args.fresh,
+                    show=not args.quiet,
+                )
+            )
+    except KeyboardInterrupt:
+        return _stopped(args.out)
+    page = args.out / "report.html"
+    write_page(page, found)
+    print(f"\n{text(found[0])}\n\n{page}: all of it, with pictures")
+    return 0
 
 
 def report_arguments(parser: argparse.ArgumentParser) -> None:

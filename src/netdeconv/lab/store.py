@@ -1,23 +1,20 @@
-"""Numbers on disk: JSON files that are either whole or not there, and runs that are not repeated."""
+"""Numbers on disk: JSON files that are either whole or not there, and what the numbers depend on."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 import netdeconv
 
-__all__ = ["RunStore", "code_fingerprint", "read_json", "versions", "write_json", "write_whole"]
+__all__ = ["code_fingerprint", "finite", "read_json", "versions", "write_json", "write_whole"]
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -33,7 +30,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON that any reader takes: numbers that are not finite become ``null``."""
-    write_whole(path, (json.dumps(_finite(value), indent=1, allow_nan=False) + "\n").encode())
+    write_whole(path, (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
@@ -42,54 +39,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
         return None
-
-
-class RunStore:
-    """Finished runs in a folder, one JSON file each, found again by their settings.
-
-    Args:
-        folder: made when the first run is written.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def load(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The result that was saved under this name with exactly these settings."""
-        found = read_json(self.path(name, settings))
-        return found["result"] if found and found.get("settings") == _finite(settings) else None
-
-    def save(self, name: str, settings: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        """Write a finished run."""
-        write_json(self.path(name, settings), {"settings": settings, "result": result})
-
-    @contextlib.contextmanager
-    def claimed(self, name: str, settings: Mapping[str, Any], *, wait: bool) -> Iterator[bool]:
-        """Keep other processes from the run while the block computes it; a process that dies lets go of it.
-
-        Args:
-            name, settings: of the run.
-            wait: until another process that has it lets go; otherwise the block gets ``False`` at once.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path(name, settings, "lock"))
-        try:
-            lock.acquire(timeout=-1 if wait else 0)
-        except Timeout:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lock.release()
-        if self.load(name, settings) is not None:  # whoever still waits for the file finds the result
-            with contextlib.suppress(OSError):
-                Path(lock.lock_file).unlink()
-
-    def path(self, name: str, settings: Mapping[str, Any], ending: str = "json") -> Path:
-        """A file's name for this name and these settings: that of the result, or of what belongs to it."""
-        text = json.dumps(_finite(settings), sort_keys=True)
-        return self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.{ending}"
 
 
 def code_fingerprint(parts: Iterable[str]) -> str:
@@ -119,12 +68,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value as JSON gives it back: tuples as lists, NaN and infinity as None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from netdeconv.nn.refresh import Counters, chosen
 from netdeconv.nn.schedule import Clock
 
 __all__ = ["Batch", "RunningStatistics", "Statistics", "kept"]
+
+_SETTLED = 1e-6  # the weight that the time before still has in averages that are set
 
 
 class Statistics(NamedTuple):
@@ -142,6 +145,45 @@ class RunningStatistics(nn.Module):
             counter.zero_()
         self._clock.set(0)
         self._skipped, self._looked_at = 0, False
+
+    @torch.no_grad()
+    def set_statistics(
+        self,
+        mean: Tensor,
+        roots: Sequence[Tensor],
+        *,
+        covs: Sequence[Tensor] = (),
+        var: Tensor | None = None,
+        updates: int = 1,
+    ) -> None:
+        """Make these the running statistics and those of the last refresh, as if training had seen no others for long.
+
+        The schedule is past its dense warm-up then, and later refreshes blend into these values by the momentum.
+
+        Shapes: those of the buffers, but for leading ones.
+
+        Args:
+            mean, roots: see :class:`Statistics`.
+            covs: of scaled channels, one for every root, for ``config.average == "covariance"``.
+            var: of every channel, for ``config.scale``.
+            updates: refreshes that they are from.
+        """
+        self.running_mean.copy_(mean.reshape(self.running_mean.shape))
+        if self.running_var is not None and var is not None:
+            self.running_var.copy_(var)
+        for kind, matrices in (("running_root", roots), ("last_root", roots), ("running_cov", covs)):
+            for buffer, matrix in zip(self._matrices(kind), matrices, strict=False):
+                buffer.copy_(matrix.reshape(buffer.shape))
+        assert self.config.update_every is not None
+        steps = 16 * self.config.update_every  # a multiple of the interval, so that the next step refreshes
+        if self.config.momentum is not None and 0 < self.config.momentum < 1:
+            needed = 2 * math.log(_SETTLED) / math.log1p(-self.config.momentum)  # kept roots count for half of them
+            steps *= math.ceil(needed / steps)
+        self.num_updates.fill_(max(1, updates))
+        self.num_steps.fill_(steps)
+        self.last_update.fill_(steps)
+        self.num_skipped.zero_()
+        self.train(self.training)  # lets it look at the counters
 
     def reset_parameters(self) -> None:
         """:meth:`reset_statistics`, by the name that is called after ``to_empty``."""

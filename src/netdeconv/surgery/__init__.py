@@ -1,11 +1,11 @@
 """Whole models: converting them to network deconvolution, calibrating them, and back to plain layers."""
 
+from netdeconv.nn.published import load_published
 from netdeconv.surgery.calibrate import calibrate
 from netdeconv.surgery.convert import convert, plan_conversion
 from netdeconv.surgery.deploy import check_fused, export_onnx, fuse
-from netdeconv.surgery.layers import ChannelAffine
+from netdeconv.surgery.norms import ChannelAffine
 from netdeconv.surgery.plan import Action, ConversionPlan, Entry
-from netdeconv.surgery.published import load_published
 
 __all__ = [
     "Action",

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from netdeconv.errors import ConfigError
 from netdeconv.functional.precision import exact
-from netdeconv.surgery.recognise import is_layer, is_like_batch_norm
+from netdeconv.surgery.layers import holds_modules, is_layer
+from netdeconv.surgery.norms import is_like_batch_norm
 
 __all__ = [
+    "Caller",
     "batches",
     "evaluating",
     "fork_rng",
+    "listening",
     "max_relative_error",
     "run_batch",
     "tensors_of",
     "training_branches",
 ]
+
+
+Caller: TypeAlias = "Callable[[nn.Module, Any], Any] | None"
 
 
 def batches(data: Any) -> Iterator[Any]:
@@ -47,13 +53,13 @@ def batches(data: Any) -> Iterator[Any]:
         raise ConfigError("data: expected at least one batch, got none. A used up generator gives none: pass a list.")
 
 
-def run_batch(model: nn.Module, batch: Any, call: Callable[[nn.Module, Any], Any] | None = None) -> Any:
+def run_batch(model: nn.Module, batch: Any, call: Caller = None) -> Any:
     """What a model returns for a batch, which is moved to its device first.
 
     A tensor is passed as it is, of a list or tuple the first entry, a mapping by keyword; else ``call`` says how.
     """
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), None)
-    batch = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) and device is not None else leaf, batch)
+    own = next((tensor for tensor in (*model.parameters(), *model.buffers())), None)
+    batch = tree_map_only(Tensor, lambda leaf: leaf if own is None else leaf.to(own.device), batch)
     if call is not None:
         return call(model, batch)
     if isinstance(batch, Mapping):
@@ -68,7 +74,7 @@ def run_batch(model: nn.Module, batch: Any, call: Callable[[nn.Module, Any], Any
 def tensors_of(output: Any) -> list[Tensor]:
     """All tensors in what a model returned: inside lists, mappings, and objects with attributes."""
     found: list[Tensor] = []
-    for leaf in tree_flatten(output)[0]:
+    for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor):
             found.append(leaf)
         elif isinstance(leaf, Mapping):
@@ -84,24 +90,33 @@ def max_relative_error(got: Any, expected: Any) -> float:
     Infinite where tensors differ in number or shape, or where one has NaN or infinite values and the other not.
     """
     ours, theirs = tensors_of(got), tensors_of(expected)
-    if len(ours) != len(theirs) or any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True)):
+    if [a.shape for a in ours] != [b.shape for b in theirs]:
         return float("inf")
-    worst = 0.0
-    for a, b in zip(ours, theirs, strict=True):
-        if b.numel() == 0:
-            continue
-        if not (b.is_floating_point() or b.is_complex()):
-            worst = max(worst, 0.0 if torch.equal(a, b) else float("inf"))
-            continue
-        a, b = exact(a.detach()), exact(b.detach())
-        finite = b.isfinite()
-        if not torch.equal(a.isfinite(), finite):
-            return float("inf")
-        if finite.any():
-            difference = (a - b)[finite].abs().max()
-            largest = b[finite].abs().max()
-            worst = max(worst, float(difference / largest) if largest > 0 else float(difference))
-    return worst
+    return max((_relative_error(a.detach(), b.detach()) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+
+
+def _relative_error(a: Tensor, b: Tensor) -> float:
+    if not (b.is_floating_point() or b.is_complex()):
+        return 0.0 if torch.equal(a, b) else float("inf")
+    a, b = exact(a), exact(b)
+    finite = b.isfinite()
+    if not torch.equal(a.isfinite(), finite):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    difference, largest = float((a - b)[finite].abs().max()), float(b[finite].abs().max())
+    return difference / largest if largest > 0 else difference
+
+
+@contextlib.contextmanager
+def listening(modules: Iterable[nn.Module], hook: Callable[..., Any], **options: Any) -> Iterator[None]:
+    """A forward pre-hook on each of the modules, inside."""
+    handles = [module.register_forward_pre_hook(hook, **options) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
@@ -112,12 +127,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, flag in flags.items():  # not by train(), which may be overridden to do more
-            module.training = flag
-        for parent in model.modules():
+        for parent in model.modules():  # parents first; not by train(), which may be overridden to do more
+            parent.training = flags.get(parent, parent.training)
             for child in parent.children():
-                if child not in flags:
-                    child.training = parent.training
+                child.training = flags.get(child, parent.training)
 
 
 @contextlib.contextmanager
@@ -135,35 +148,40 @@ def training_branches(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None and not is_lazy(buffer)
     ]
-    told = [
+    around = [
         module
         for module in model.modules()
-        if any(True for _ in module.children()) and not (module.training or _computes(module))
+        if holds_modules(module) and not (module.training or _computes(module))
     ]
-    for module in told:
+    for module in around:
         module.training = True
     try:
         with _FunctionsEvaluate():
             yield
     finally:
-        for module in told:
+        for module in around:
             module.training = False
         for buffers, name, buffer, value in held:
-            _write_back(buffer, value)
+            with contextlib.suppress(RuntimeError):  # what cannot be written to, such as an expanded tensor
+                buffer.copy_(value)
             buffers[name] = buffer
+
+
+def _computes(module: nn.Module) -> bool:
+    """Whether this module, though it may hold others, is itself what behaves otherwise in training."""
+    return is_layer(module) or is_like_batch_norm(module) or isinstance(module, nn.MultiheadAttention)
 
 
 class _FunctionsEvaluate(TorchFunctionMode):
     """Functions with a flag ``training`` of their own are called with it off, where evaluation is defined."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        place = _PLACES.get(func)
-        if place is not None and not (func is F.batch_norm and _argument(args, kwargs, 1, "running_mean") is None):
-            if len(args) > place:
-                args = (*args[:place], False, *args[place + 1 :])
-            else:
-                kwargs["training"] = False
+        kwargs, place = dict(kwargs or {}), _PLACES.get(func)
+        own = func is not F.batch_norm or (args[1] if len(args) > 1 else kwargs.get("running_mean")) is not None
+        if place is not None and own and len(args) > place:
+            args = (*args[:place], False, *args[place + 1 :])
+        elif place is not None and own:
+            kwargs["training"] = False
         return func(*args, **kwargs)
 
 
@@ -173,28 +191,9 @@ _PLACES: dict[Any, int] = {F.batch_norm: 5} | dict.fromkeys(
 )
 
 
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str) -> Any:
-    return args[place] if len(args) > place else kwargs.get(name)
-
-
-def _computes(module: nn.Module) -> bool:
-    """Whether this module, though it may hold others, is itself what behaves otherwise in training."""
-    return is_layer(module) or is_like_batch_norm(module) or isinstance(module, nn.MultiheadAttention)
-
-
-def _write_back(buffer: Tensor, value: Tensor) -> None:
-    """Copy where something changed; writes through ``.data`` do not count as a version, so values are compared."""
-    with contextlib.suppress(RuntimeError):  # no comparison for this kind of tensor: copy
-        if torch.equal(buffer, value):
-            return
-    with contextlib.suppress(RuntimeError):  # what cannot be written to, such as an expanded tensor
-        buffer.copy_(value)
-
-
 @contextlib.contextmanager
 def fork_rng() -> Iterator[None]:
     """The same random numbers on every use, and the global generators untouched."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)
         yield

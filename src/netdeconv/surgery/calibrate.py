@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -11,9 +11,10 @@ from torch import nn
 
 from netdeconv.errors import ConfigError, NumericalError, StatisticsError, StatisticsWarning
 from netdeconv.nn import ChannelWhitening, Whitening
+from netdeconv.nn.gathering import Gatherer
 from netdeconv.nn.layer import WhitenedLayer
-from netdeconv.surgery.batches import batches, evaluating, run_batch, training_branches
-from netdeconv.surgery.statistics import Gatherer, remember, varies
+from netdeconv.surgery.batches import Caller, batches, evaluating, listening, run_batch, training_branches
+from netdeconv.surgery.plan import shown
 
 __all__ = ["calibrate"]
 
@@ -22,7 +23,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @torch.no_grad()
 def calibrate(
-    model: Model, data: Any, *, passes: int = 1, call: Callable[[nn.Module, Any], Any] | None = None
+    model: Model, data: Any, *, passes: int = 1, call: Caller = None
 ) -> Model:
     """Replace the running statistics by those of the data; returns the model.
 
@@ -47,9 +48,7 @@ def calibrate(
         StatisticsError: the data never reach some layer.
         NumericalError: statistics that are not finite. In both cases the running statistics are unchanged.
     """
-    layers: dict[nn.Module, Whitening] = {
-        module: module.whitening for module in model.modules() if isinstance(module, (WhitenedLayer, ChannelWhitening))
-    }
+    layers = [module for module in model.modules() if isinstance(module, (WhitenedLayer, ChannelWhitening))]
     if not layers:
         raise ConfigError("calibrate: expected a model with whitened layers, got one without. Convert it first.")
     if passes < 1:
@@ -60,77 +59,57 @@ def calibrate(
     try:
         with evaluating(model):
             for turn in range(passes):
-                _one_pass(model, layers, data, call, own=turn == 0)
+                _one_pass(model, [layer.whitening for layer in layers], data, call, own=turn == 0)
     except BaseException:
         model.load_state_dict(before, strict=False)
         raise
     return model
 
 
-def _one_pass(model: nn.Module, layers: dict[nn.Module, Whitening], data: Any, call: Any, own: bool) -> None:
-    gathered = _gather(model, layers, data, call, own)
-    missed = _remember_all(gathered)
-    if not missed:
-        return
-    if not isinstance(data, Iterator):  # calling iter() would start the workers of a data loader
-        missed = _reach_in_training(model, missed, data, call, own)
+def _one_pass(model: nn.Module, whitenings: list[Whitening], data: Any, call: Caller, own: bool) -> None:
+    missed = _settle(_gather(model, whitenings, data, call, own))
+    if missed and not isinstance(data, Iterator):  # calling iter() would start the workers of a data loader
+        gatherers: list[Gatherer] = []
+        with training_branches(model):  # which restores all buffers
+            try:
+                gatherers = _gather(model, missed, data, call, own)
+            except NumericalError:
+                raise
+            except Exception:  # whatever a forward wants in training, such as labels
+                pass
+        missed = _settle(gatherers) if gatherers else missed
     if missed:
-        labels = [whitening.label for whitening in missed.values()]
-        shown = ", ".join(labels[:5]) + (f", and {len(labels) - 5} more" if len(labels) > 5 else "")
         raise StatisticsError(
-            f"calibrate: expected data that reach every whitening, got none at {shown}. If the model never runs these "
-            "layers, exclude= them when converting."
+            "calibrate: expected data that reach every whitening, got none at "
+            f"{shown([whitening.label for whitening in missed])}. If the model never runs these layers, exclude= them "
+            "when converting."
         )
 
 
-def _reach_in_training(
-    model: nn.Module, layers: dict[nn.Module, Whitening], data: Any, call: Any, own: bool
-) -> dict[nn.Module, Whitening]:
-    """Gather for these layers in the branches of training; returns those that the data do not reach there either."""
-    with training_branches(model):
-        try:
-            gathered = _gather(model, layers, data, call, own)
-        except NumericalError:
-            raise
-        except Exception:  # whatever a forward wants in training, such as labels
-            return layers
-    return _remember_all(gathered)
-
-
-def _remember_all(gathered: dict[nn.Module, Gatherer]) -> dict[nn.Module, Whitening]:
-    """Make what was gathered the remembered statistics; returns the layers for which there is nothing."""
-    for gatherer in gathered.values():
+def _settle(gatherers: list[Gatherer]) -> list[Whitening]:
+    """Give each whitening its statistics; returns those that the data do not reach."""
+    for gatherer in gatherers:
         if gatherer.total:
-            remember(gatherer.whitening, gatherer.moments(), gatherer.batches)
-    return {layer: gatherer.whitening for layer, gatherer in gathered.items() if not gatherer.total}
+            gatherer.settle()
+    return [gatherer.whitening for gatherer in gatherers if not gatherer.total]
 
 
-def _gather(
-    model: nn.Module, layers: dict[nn.Module, Whitening], data: Any, call: Any, own: bool
-) -> dict[nn.Module, Gatherer]:
-    """The statistics of what these layers see; with ``own`` they whiten a batch by the batch's own meanwhile."""
-    gatherers = {layer: Gatherer(whitening, every_position=True) for layer, whitening in layers.items()}
+def _gather(model: nn.Module, whitenings: list[Whitening], data: Any, call: Caller, own: bool) -> list[Gatherer]:
+    """The statistics of what these see; with ``own`` each whitens a batch by the batch's own meanwhile."""
+    gatherers = {whitening: Gatherer(whitening, every_position=True) for whitening in whitenings}
 
-    of_whitening = {gatherer.whitening: gatherer for gatherer in gatherers.values()}
-
-    def gather(whitening: nn.Module, args: tuple[Any, ...]) -> None:
-        (x,) = args
-        gatherer = of_whitening[whitening]  # type: ignore[index]
-        moments = gatherer.add(x)
+    def gather(whitening: Whitening, args: tuple[Any, ...]) -> None:
+        gatherer = gatherers[whitening]
+        moments = gatherer.add(*args)
         if own and moments is not None:
-            if len(x) == 1 or not varies(moments):  # by its own mean, one image is pooled to a constant
+            if len(args[0]) == 1 or not moments.varies:  # by its own mean, one image is pooled to a constant
                 moments = gatherer.moments()
-            if varies(moments):
-                remember(gatherer.whitening, moments, 1)
+            if moments.varies:
+                gatherer.settle(moments)
 
     # A layer's forward calls its whitening, also where the forward is called as a function; a compiled one does not.
-    handles = [whitening.register_forward_pre_hook(gather) for whitening in of_whitening]
-    try:
-        with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", StatisticsWarning)  # they are about to be there
-            for batch in batches(data):
-                run_batch(model, batch, call)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return gatherers
+    with listening(gatherers, gather), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", StatisticsWarning)  # they are about to be there
+        for batch in batches(data):
+            run_batch(model, batch, call)
+    return list(gatherers.values())

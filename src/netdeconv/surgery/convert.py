@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
 from netdeconv.errors import ConfigError
-from netdeconv.surgery.first_run import FirstRun, Removed
+from netdeconv.surgery.batches import Caller
+from netdeconv.surgery.first_run import FirstRun, InDoubt
 from netdeconv.surgery.layers import Setting, become, copied
-from netdeconv.surgery.plan import Action, ConversionPlan, Selection
+from netdeconv.surgery.plan import Action, ConversionPlan, Patterns, Selection, shown
 from netdeconv.surgery.preserve import preserved, record_of
-from netdeconv.surgery.recognise import Rule
-from netdeconv.surgery.survey import check_model, survey
+from netdeconv.surgery.rules import Rule
+from netdeconv.surgery.survey import Wishes, check_model, survey
 
 if TYPE_CHECKING:
-    from netdeconv.surgery.plan import Pattern
-    from netdeconv.surgery.watch import Record
+    from netdeconv.surgery.record import Record
 
 __all__ = ["convert", "plan_conversion"]
 
@@ -30,12 +30,12 @@ def convert(
     model: Model,
     whitening: Setting = None,
     *,
-    include: Pattern | Iterable[Pattern] | None = None,
-    exclude: Pattern | Iterable[Pattern] | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
     rules: Mapping[type, Rule] | None = None,
     example: Any = None,
     preserve: Any = None,
-    call: Callable[[nn.Module, Any], Any] | None = None,
+    call: Caller = None,
 ) -> Model:
     """A copy of a model with whitened convolutions and linear layers, and without batch normalisation.
 
@@ -84,19 +84,19 @@ def convert(
         >>> from netdeconv.zoo import create
         >>> model = netdeconv.convert(create("vgg11"))
     """
-    return converted(model, whitening, include, exclude, rules, example, preserve, call)[0]
+    return _converted(model, Wishes(whitening, Selection(include, exclude), rules), example, preserve, call)[0]
 
 
 def plan_conversion(
     model: nn.Module,
     whitening: Setting = None,
     *,
-    include: Pattern | Iterable[Pattern] | None = None,
-    exclude: Pattern | Iterable[Pattern] | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
     rules: Mapping[type, Rule] | None = None,
     example: Any = None,
     preserve: Any = None,
-    call: Callable[[nn.Module, Any], Any] | None = None,
+    call: Caller = None,
 ) -> ConversionPlan:
     """What :func:`netdeconv.convert` would do to every module of a model, and why; the model is not changed.
 
@@ -135,103 +135,72 @@ def plan_conversion(
         1     BatchNorm2d  remove  whitening takes its place
         1 layers whitened, 1 of 1 batch norms gone, 0 left as they are, 2 not concerned
     """
+    wishes = Wishes(whitening, Selection(include, exclude), rules)
     if preserve is not None or example is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # what they say stands in the plan
-            return converted(model, whitening, include, exclude, rules, example, preserve, call)[1]
-    selection = Selection(include, exclude)
-    plan = survey(model, whitening, selection, rules, {})
-    selection.check_used()
+            return _converted(model, wishes, example, preserve, call)[1]
+    check_model(model)
+    plan = survey(model, wishes)
+    wishes.selection.check_used()
     return plan
 
 
-def converted(
-    model: Model,
-    whitening: Setting,
-    include: Pattern | Iterable[Pattern] | None,
-    exclude: Pattern | Iterable[Pattern] | None,
-    rules: Mapping[type, Rule] | None,
-    example: Any,
-    preserve: Any,
-    call: Callable[[nn.Module, Any], Any] | None,
+def _converted(
+    model: Model, wishes: Wishes, example: Any, preserve: Any, call: Caller
 ) -> tuple[Model, ConversionPlan]:
     """The converted model, and what was done to it."""
     if example is not None and preserve is not None:
         raise ConfigError(
             "convert: expected example= or preserve=, got both. The data of preserve= show all that an example does."
         )
-    selection = Selection(include, exclude)
-    check_model(model)  # refuse before the work of copying
+    check_model(model)
     new = copied(model, "convert")
     FirstRun.remove(new)
-    plan, rewritten = _rewrite(new, whitening, selection, rules)
-    selection.check_used()
-    in_place = _stop_working_in_place(new) if plan.where(Action.REMOVE, Action.WAIT) else []
+    plan = _rewrite(new, wishes)
+    wishes.selection.check_used()
+    # What stood before a batch norm is what activations are given when it is gone, and others may read that.
+    in_place: list[Any] = [module for module in new.modules() if getattr(module, "inplace", None) is True]
+    for module in in_place:
+        module.inplace = False
 
-    def decide(record: Record) -> ConversionPlan:
-        found = survey(new, whitening, selection, rules, rewritten, record)
+    def decide(record: Record | None) -> ConversionPlan:
+        found = survey(new, wishes, record)
         _warn_of_leftovers(found)
         return found
 
     if preserve is not None:
-        done = preserved(new, plan, decide, preserve, call)
-        if not done.where(Action.REMOVE, Action.FOLD, Action.AFFINE):
-            _work_in_place(in_place)
-        return new, done
-    if example is not None:
-        plan = decide(record_of(new, example, call))
+        plan = preserved(new, plan, decide, preserve, call)
     else:
-        _warn_of_leftovers(plan)
-    if not plan.where(Action.REMOVE, Action.WAIT):
-        _work_in_place(in_place)
-    concerned = plan.where(Action.WHITEN, Action.REMOVE, Action.WAIT)
-    modules = [(entry, new.get_submodule(entry.path)) for entry in concerned]
-    removed: list[Removed] = []
-    for entry, module in modules:
-        if entry.build is not None and entry.action is not Action.WAIT:
-            if entry.action is Action.REMOVE and example is None:
-                removed.append(Removed(module, copy.copy(module), entry))
-            become(module, entry.build(module))
-    if example is None:
-        waiting = [(module, entry) for entry, module in modules if entry.action is Action.WAIT]
-        included = [module for entry, module in modules if selection.names(entry.path, module)]
-        FirstRun.install(new, waiting, included, removed, in_place)
+        plan = decide(None if example is None else record_of(new, example, call))
+        modules = [(entry, new.get_submodule(entry.path)) for entry in plan]
+        included = [module for entry, module in modules if wishes.selection.names(entry.path, module)]
+        in_doubt = [
+            InDoubt(module, entry, copy.copy(module) if entry.action is Action.REMOVE else None)
+            for entry, module in modules
+            if entry.action in (Action.REMOVE, Action.WAIT)
+        ]
+        for entry, module in modules:
+            if entry.action in (Action.WHITEN, Action.REMOVE) and entry.build is not None:
+                become(module, entry.build(module))
+        if example is None:
+            FirstRun(in_doubt, included, in_place if in_doubt else []).install(new)
+    if not plan.where(Action.REMOVE, Action.WAIT, Action.FOLD, Action.AFFINE):
+        for module in in_place:
+            module.inplace = True
     return new, plan
 
 
-def _work_in_place(modules: list[Any]) -> None:
-    for module in modules:
-        module.inplace = True
-
-
-def _stop_working_in_place(model: nn.Module) -> list[Any]:
-    """Let activations that work in place no longer do so; returns them.
-
-    What stood before a batch norm is what stands before them when it is gone, and others may read that.
-    """
-    found: list[Any] = [module for module in model.modules() if getattr(module, "inplace", None) is True]
-    for module in found:
-        module.inplace = False
-    return found
-
-
-def _rewrite(
-    model: nn.Module, whitening: Setting, selection: Selection, rules: Mapping[type, Rule] | None
-) -> tuple[ConversionPlan, dict[nn.Module, bool]]:
-    """Rewrite, in place, what rules apply to, until no rule applies.
-
-    Returns:
-        The plan of the result, and for modules that a rule has seen whether it rewrote them.
-    """
-    done: dict[nn.Module, bool] = {}
+def _rewrite(model: nn.Module, wishes: Wishes) -> ConversionPlan:
+    """Rewrite, in place, what rules apply to, until no rule applies; the plan of the result."""
     while True:
-        plan = survey(model, whitening, selection, rules, done)
+        plan = survey(model, wishes)
         entries = plan.where(Action.REWRITE)
         if not entries:
-            return plan, done
+            return plan
         for entry, module in [(entry, model.get_submodule(entry.path)) for entry in entries]:
             new = None if entry.build is None else entry.build(module)
-            done[module] = new is not None
+            wishes.rewritten[module] = new is not None
             if new is None:
                 continue
             if not isinstance(new, nn.Module) or module in new.modules():
@@ -246,9 +215,9 @@ def _warn_of_leftovers(plan: ConversionPlan) -> None:
     norms = [entry for entry in plan.where(Action.LEAVE) if entry.norm and not entry.asked]
     left = [f"{entry.path or 'the model'} ({entry.why})" for entry in norms]
     if left:
-        shown = ", ".join(left[:5]) + (f", and {len(left) - 5} more" if len(left) > 5 else "")
         warnings.warn(
-            f"convert: {len(left)} batch norms are left: {shown}. Pass rules= for them, or exclude= to leave them.",
+            f"convert: {len(left)} batch norms are left: {shown(left)}. Pass rules= for them, or exclude= to leave "
+            "them.",
             UserWarning,
             stacklevel=5,
         )

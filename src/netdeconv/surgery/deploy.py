@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
+import itertools
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from netdeconv.errors import ConfigError, NumericalError
 from netdeconv.functional import fold
 from netdeconv.nn import ChannelWhitening
 from netdeconv.nn.layer import WhitenedLayer
-from netdeconv.surgery.batches import max_relative_error, run_batch, tensors_of
+from netdeconv.surgery.batches import Caller, max_relative_error, run_batch, tensors_of
 from netdeconv.surgery.first_run import FirstRun
 from netdeconv.surgery.layers import become, copied, plain_twin
 
@@ -65,15 +65,20 @@ def fuse(model: Model) -> Model:
         'Conv2d'
     """
     whitened = [module for module in model.modules() if isinstance(module, (WhitenedLayer, ChannelWhitening))]
-    for module in (model, *whitened):
+    for module, name in ((model, "the model"), *((layer, layer.whitening.label) for layer in whitened)):
         if module.training:
-            where = module.whitening.label if isinstance(module, (WhitenedLayer, ChannelWhitening)) else "the model"
             raise ConfigError(
-                f"fuse: expected a model in evaluation mode, got {where} in training mode, where it whitens by the "
+                f"fuse: expected a model in evaluation mode, got {name} in training mode, where it whitens by the "
                 "statistics of the batch and no plain layer equals it. Call model.eval() first."
             )
-        if isinstance(module, WhitenedLayer) and not hasattr(module, "parametrizations"):
-            _check_weight(module)
+    for layer, name in itertools.product(whitened, ("weight", "bias")):
+        kept = hasattr(layer, "parametrizations") or name in layer._parameters
+        if isinstance(layer, WhitenedLayer) and not kept:  # a hook that computes it on every call undoes the folding
+            raise ConfigError(
+                f"fuse: expected whitened layers whose {name} is a parameter, got {layer.whitening.label} with one "
+                "that a hook computes (pruning, old style weight_norm). Make it permanent first, for pruning by "
+                f"torch.nn.utils.prune.remove(layer, {name!r}), or prune the fused model instead."
+            )
     new = copied(model, "fuse")
     FirstRun.remove(new)
     parts: list[nn.Module] = list(new.modules())
@@ -85,15 +90,13 @@ def fuse(model: Model) -> Model:
     return new
 
 
-def _check_weight(layer: WhitenedLayer) -> None:
-    """A hook that computes the weight before every call would undo the folding."""
-    for name in ("weight", "bias"):
-        if name not in layer._parameters:
-            raise ConfigError(
-                f"fuse: expected whitened layers whose {name} is a parameter, got {layer.whitening.label} with one "
-                "that a hook computes (pruning, old style weight_norm). Make it permanent first, for pruning by "
-                f"torch.nn.utils.prune.remove(layer, {name!r}), or prune the fused model instead."
-            )
+def _channel_twin(layer: ChannelWhitening) -> ChannelLinear:
+    channels, found = layer.num_channels, layer.whitening.remembered()
+    eye = torch.eye(channels, dtype=found.mean.dtype, device=found.mean.device)
+    linear = nn.Linear(channels, channels, device="meta")
+    folded = fold(eye, None, found.mean, found.roots, layer.whitening.blocks, found.scale)
+    linear.weight, linear.bias = (nn.Parameter(value.clone(), requires_grad=False) for value in folded)
+    return ChannelLinear(linear)
 
 
 def check_fused(
@@ -102,7 +105,7 @@ def check_fused(
     inputs: Any,
     *,
     tolerance: float = 1e-4,
-    call: Callable[[nn.Module, Any], Any] | None = None,
+    call: Caller = None,
 ) -> float:
     """Compare a fused model with the one it came from; returns the largest relative error.
 
@@ -125,16 +128,6 @@ def check_fused(
             "rounding explains up to some percent; otherwise the two are not the same network."
         )
     return error
-
-
-def _channel_twin(layer: ChannelWhitening) -> ChannelLinear:
-    whitening = layer.whitening
-    found = whitening.remembered()
-    eye = torch.eye(layer.num_channels, dtype=found.mean.dtype, device=found.mean.device)
-    weight, bias = fold(eye, None, found.mean, found.roots, whitening.blocks, found.scale)
-    linear = nn.Linear(layer.num_channels, layer.num_channels, device="meta")
-    linear.weight, linear.bias = (nn.Parameter(value.clone(), requires_grad=False) for value in (weight, bias))
-    return ChannelLinear(linear)
 
 
 def export_onnx(
@@ -167,7 +160,13 @@ def export_onnx(
         NumericalError: the file computes something else than the model.
     """
     for name in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
-        _require(name)
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ConfigError(
+                f"export_onnx: expected the package {name} to be installed, got {error}. "
+                "pip install 'netdeconv[export]'."
+            ) from error
     plain = fuse(model) if fused else model
     if any(module.training for module in plain.modules()):
         raise ConfigError(
@@ -177,40 +176,31 @@ def export_onnx(
     if dynamic_batch:  # a size of one would be taken for a constant
         inputs = [x if x.shape[0] > 1 else torch.cat([x, x]) for x in inputs]
     names = [f"input{index}" if len(inputs) > 1 else "input" for index in range(len(inputs))]
-    batch = torch.export.Dim("batch", min=1)
-    path = Path(path)
-    with torch.no_grad(), _quiet():
-        torch.onnx.export(
+    batch, path = torch.export.Dim("batch", min=1), Path(path)
+    with torch.no_grad(), warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning):  # of the exporter about its own internals
+            warnings.simplefilter("ignore", category)
+        program: Any = torch.onnx.export(
             plain,
             tuple(inputs),
-            path,
             input_names=names,
             opset_version=opset,
             dynamo=True,
-            external_data=False,
             dynamic_shapes=tuple({0: batch} for _ in inputs) if dynamic_batch else None,
             verbose=False,
         )
-        _require_opset(path, opset)
+        written = program.model.opset_imports[""]  # another version, without an error, where it cannot write this one
+        if written != opset:
+            raise ConfigError(
+                f"export_onnx: expected an opset that the exporter can write, got opset={opset}, for which it wrote "
+                f"{written}. Pass opset={written}, or leave it out for {OPSET}."
+            )
+        program.save(path, external_data=False)
         if check:
             sizes = [inputs, [torch.cat([x, x[:1]]) for x in inputs], [x[:1] for x in inputs]]
             for tried in sizes if dynamic_batch else [inputs]:
                 _compare(plain, path, names, tried)
     return path
-
-
-def _require_opset(path: Path, opset: int) -> None:
-    """The exporter writes another version, without an error, where it cannot write the one asked for."""
-    import onnx
-
-    model = onnx.load(str(path), load_external_data=False)
-    written = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if written != opset:
-        path.unlink()
-        raise ConfigError(
-            f"export_onnx: expected an opset that the exporter can write, got opset={opset}, for which it wrote "
-            f"{written}. Pass opset={written}, or leave it out for {OPSET}."
-        )
 
 
 def _compare(model: nn.Module, path: Path, names: list[str], inputs: list[Tensor]) -> None:
@@ -219,28 +209,9 @@ def _compare(model: nn.Module, path: Path, names: list[str], inputs: list[Tensor
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     feed = {name: x.detach().cpu().numpy() for name, x in zip(names, inputs, strict=True)}
     got = [torch.from_numpy(value) for value in session.run(None, feed)]
-    expected = [tensor.cpu() for tensor in tensors_of(model(*inputs))]
-    error = max_relative_error(got, expected)
+    error = max_relative_error(got, [tensor.cpu() for tensor in tensors_of(model(*inputs))])
     if not error <= _TOLERANCE:
         raise NumericalError(
             f"export_onnx: expected {path.name} to give the model's output within {_TOLERANCE:.0e}, got a relative "
             f"error of {error:.1e} at batch size {inputs[0].shape[0]}. Try another opset, or report the operator."
         )
-
-
-def _require(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(
-            f"export_onnx: expected the package {name} to be installed, got {error}. pip install 'netdeconv[export]'."
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """The exporter warns about its own internals."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        yield

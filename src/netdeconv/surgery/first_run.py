@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import sys
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,52 +16,65 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from netdeconv.nn import Whitening
 from netdeconv.nn.layer import WhitenedLayer
-from netdeconv.surgery.frames import call_of, has_ended, in_functional_call
-from netdeconv.surgery.layers import become, plain_again
-from netdeconv.surgery.plan import Entry
-from netdeconv.surgery.recognise import Clone, is_like_batch_norm, is_whitened
-from netdeconv.surgery.survey import fate_of_norm
-from netdeconv.surgery.watch import Record, Watcher
+from netdeconv.surgery.layers import become, holds_modules, is_whitened, plain_again
+from netdeconv.surgery.norms import Clone, is_like_batch_norm
+from netdeconv.surgery.operations import frames
+from netdeconv.surgery.plan import Entry, shown
+from netdeconv.surgery.record import Record
+from netdeconv.surgery.watch import Watcher
 
-__all__ = ["FirstRun", "Removed"]
+__all__ = ["FirstRun", "InDoubt"]
 
 
-
-class Removed(NamedTuple):
-    """A batch norm that the module tree let go.
+@dataclasses.dataclass(frozen=True)
+class InDoubt:
+    """A batch norm that the first forward decides about.
 
     Attributes:
-        place: the module that was the batch norm.
-        norm: the batch norm as it was, with the very parameters.
+        place: the module that is the batch norm, or was.
         entry: its line in the plan.
+        norm: the batch norm that the module tree let go, with the very parameters; ``None`` for one that waits.
     """
 
     place: nn.Module
-    norm: nn.Module
     entry: Entry
+    norm: nn.Module | None = None
 
     @property
     def spot(self) -> nn.Module:
-        """What stands for the normalisation in the place, which may hold an activation too."""
-        return next((module for module in self.place.modules() if isinstance(module, nn.Identity)), self.place)
+        """What normalises, or stands for it, in the place, which may hold an activation too."""
+        found = (module for module in self.place.modules() if isinstance(module, nn.Identity))
+        return self.place if self.norm is None else next(found, self.place)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody has decided yet."""
+        return is_like_batch_norm(self.place) == (self.norm is None)
+
+    def remove(self) -> None:
+        """Let the batch norm go."""
+        assert self.entry.build is not None
+        become(self.place, self.entry.build(self.place))
 
     def restore(self, layer: nn.Module) -> None:
         """Make the place the batch norm again, on the device of a layer and no less precise than it."""
-        weight = next(layer.parameters(), None)
+        assert self.norm is not None
         for tensor in (*self.norm.parameters(), *self.norm.buffers()):
-            if weight is not None and tensor.is_floating_point():
-                tensor.data = tensor.data.to(weight.device, torch.promote_types(weight.dtype, tensor.dtype))
-            elif weight is not None:
-                tensor.data = tensor.data.to(weight.device)
+            like: torch.Tensor = next(layer.parameters(), tensor)
+            real = tensor.is_floating_point()
+            dtype = torch.promote_types(like.dtype, tensor.dtype) if real else tensor.dtype
+            tensor.data = tensor.data.to(like.device, dtype)
         become(self.place, self.norm)
 
 
-class _Running(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Running:
     """An outermost call of the model, or of a part of it, in one thread."""
 
     top: nn.Module
     call: FrameType
     handled: BaseException | None  # being handled when the call began
+    watcher: Watcher | None
 
 
 class FirstRun:
@@ -77,79 +90,69 @@ class FirstRun:
     - A batch norm that waited goes where whitening takes its place, and stays otherwise.
     - Where a batch norm was, no clone is made any more if nothing wrote to it in place, and no caller of a part can.
 
+    Args:
+        norms: batch norms that wait, or that the tree let go.
+        included: modules that the user has named.
+        in_place: activations that may work in place again if in the end no batch norm goes.
+
     Warns:
         UserWarning: what was changed.
     """
 
-    def __init__(
-        self,
-        waiting: list[tuple[nn.Module, Entry]],
-        included: list[nn.Module],
-        removed: list[Removed],
-        in_place: list[Any],
-    ) -> None:
-        self.waiting, self.included, self.removed, self.in_place = waiting, included, removed, in_place
+    def __init__(self, norms: Iterable[InDoubt], included: Iterable[nn.Module], in_place: Iterable[Any]) -> None:
+        self.norms, self.included, self.in_place = list(norms), set(included), list(in_place)
         self.gone = False  # whether a batch norm went for good
-        self.plain: list[nn.Module] = []  # layers that a state dict has made plain again
+        self.plain: set[nn.Module] = set()  # layers that are plain again
         self._start_anew()
 
     def _start_anew(self) -> None:
         self._lock = threading.RLock()
         self._inside: dict[int, _Running] = {}  # by thread
-        self._watch: Watcher | None = None
-        self._watched: _Running | None = None
         self._seen: list[tuple[nn.Module, Record]] = []
 
-    @classmethod
-    def install(
-        cls,
-        model: nn.Module,
-        waiting: list[tuple[nn.Module, Entry]],
-        included: list[nn.Module],
-        removed: list[Removed],
-        in_place: list[Any],
-    ) -> None:
-        """Watch every module of the model that has modules inside, whichever is called first.
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy or a pickle: whatever runs at the moment does so on the original."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
-        Args:
-            waiting: batch norms that wait, with their lines in the plan.
-            included: modules that the user has named.
-            removed: batch norms that the tree let go.
-            in_place: activations that may work in place again if in the end no batch norm goes.
-        """
-        watcher = cls(waiting, included, removed, in_place)
-        model.register_load_state_dict_pre_hook(watcher.loading)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._start_anew()
+
+    def install(self, model: nn.Module) -> None:
+        """Watch every module of the model that has modules inside, whichever is called first."""
+        model.register_load_state_dict_pre_hook(self.loading)
         for module in model.modules():
-            if any(True for _ in module.children()) and not is_whitened(module):
-                module.register_forward_pre_hook(watcher.before, prepend=True)
-                module.register_forward_hook(watcher.after, always_call=True)
+            if holds_modules(module) and not is_whitened(module):
+                module.register_forward_pre_hook(self.before, prepend=True)
+                module.register_forward_hook(self.after, always_call=True)
 
     @classmethod
     def remove(cls, model: nn.Module) -> None:
         """Take the hooks off a model and everything inside."""
         for module in model.modules():
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for hooks in (module._forward_pre_hooks, module._forward_hooks, module._load_state_dict_pre_hooks):
                 for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
                     del hooks[key]
                     module._forward_hooks_always_called.pop(key, None)
-            loading: Any = module._load_state_dict_pre_hooks
-            for key in [key for key, held in loading.items() if _is_ours(getattr(held, "hook", None))]:
-                del loading[key]
 
     def before(self, module: nn.Module, args: Any) -> None:
         """Hook: the outermost call begins in this thread, or one inside it."""
-        if torch.compiler.is_compiling() or _is_traced() or getattr(module, "_is_replica", False):
+        traced = torch.compiler.is_compiling() or is_fx_symbolic_tracing() or torch.jit.is_tracing()
+        if traced or getattr(module, "_is_replica", False):
             return
         thread = threading.get_ident()
         with self._lock:
-            self._forget_broken_off()
-            if thread in self._inside or not _is_hooked(module):  # another thread may have finished just now
+            for other, running in list(self._inside.items()):
+                if _has_ended(running.call):  # by Ctrl-C, which runs no hook
+                    self._leave(other)
+            finished = not any(map(_is_ours, module._forward_pre_hooks.values()))  # by another thread, just now
+            if thread in self._inside or finished:
                 return
-            self._inside[thread] = running = _Running(module, call_of(sys._getframe(1)), sys.exc_info()[1])
-            if self._watch is None and not self._seen and not _is_transformed(module):
-                spots = [removed.spot for removed in self.removed]
-                self._watch, self._watched = Watcher(module, spots), running
-                self._watch.__enter__()
+            watcher = None
+            watched = any(running.watcher is not None for running in self._inside.values())
+            if not (watched or self._seen or _is_transformed(module)):
+                watcher = Watcher(module, [one.spot for one in self.norms if one.norm is not None]).__enter__()
+            self._inside[thread] = _Running(module, _call_of_hook(), sys.exc_info()[1], watcher)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Hook: a call ends, or an exception has ended it."""
@@ -158,184 +161,144 @@ class FirstRun:
         thread = threading.get_ident()
         with self._lock:
             running = self._inside.get(thread)
-            if running is None or running.top is not module or running.call is not call_of(sys._getframe(1)):
+            if running is None or running.top is not module or running.call is not _call_of_hook():
                 return
-            del self._inside[thread]
-            if running is self._watched and self._watch is not None:
-                watch, self._watch, self._watched = self._watch, None, None
-                if sys.exc_info()[1] is running.handled:
-                    watch.returned(output)
-                    self._seen.append((module, watch.record))
-                watch.close()
+            if running.watcher is not None and sys.exc_info()[1] is running.handled:
+                running.watcher.returned(output)
+                self._seen.append((module, running.watcher.record))
+            self._leave(thread)
             if not self._inside and not _is_transformed(module):
                 while self._seen and not _is_transformed(self._seen[-1][0]):
                     self._settle(*self._seen.pop())
+
+    def _leave(self, thread: int) -> None:
+        running = self._inside.pop(thread)
+        if running.watcher is not None:
+            running.watcher.close()
 
     def loading(self, model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         """Hook: a state dict of a converted model, which has run, shows what its first forward changed."""
         if not any(".whitening." in f".{key}" for key in state_dict):
             return
         with self._lock:
-            waiting, removed = dict(self.waiting), {one.place: one for one in self.removed}
             known = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
+            norms = {one.place: one for one in self.norms}
+            needed = _state_without(model, {one.place for one in self.norms if one.norm is None})
             for path, module in list(model.named_modules()):
-                held = [key[len(prefix) + len(path) + 1 :] for key in state_dict if key.startswith(f"{prefix}{path}.")]
+                start = f"{path}." if path else ""
+                held = {key.removeprefix(start) for key in known if key.startswith(start)}
                 whitens = any(key.startswith("whitening.") for key in held)
+                one = norms.get(module)
                 if isinstance(module, WhitenedLayer) and "weight" in held and not whitens:
                     become(module, plain_again(module))
-                    self.plain.append(module)
-                elif module in removed and _is_state_of(removed[module], held):
-                    removed[module].restore(model)
-                elif module in waiting and not held and _is_missing(model, path, waiting, known):
-                    become(module, waiting[module].build(module))  # type: ignore[misc]
-                    self.gone = True
-            self.waiting = [(norm, entry) for norm, entry in self.waiting if is_like_batch_norm(norm)]
-            self.removed = [one for one in self.removed if not is_like_batch_norm(one.place)]
-
-    def _forget_broken_off(self) -> None:
-        """Ctrl-C runs no hook: forget calls, of any thread, that have ended without."""
-        for thread, running in list(self._inside.items()):
-            if has_ended(running.call):
-                del self._inside[thread]
-                if running is self._watched and self._watch is not None:
-                    self._watch.close()
-                    self._watch = self._watched = None
+                    self.plain.add(module)
+                elif one is not None and one.norm is not None:
+                    own = set(one.norm.state_dict())
+                    if own <= held and not own <= set(module.state_dict()):
+                        one.restore(model)
+                elif one is not None and not held and any(True for _ in (*module.parameters(), *module.buffers())):
+                    around = next(filter(None, (_below(needed, parent) for parent in _parents(path))), None)
+                    if around is not None and around <= known:  # all but this is there
+                        one.remove()
+                        self.gone = True
+            self.norms = [one for one in self.norms if one.is_open]
 
     def _settle(self, top: nn.Module, record: Record) -> None:
         """Change the part that ran, by what was seen."""
-        inside = set(top.modules())
-        said: list[str] = []
-        shared, waiting = record.shared(), {norm for norm, _ in self.waiting}
-        spots = {removed.spot for removed in self.removed}
-        plain = set(self.plain)
-        for layer in (module for module in top.modules() if isinstance(module, WhitenedLayer)):
-            norms = [norm for norm in shared.get(layer, ()) if norm in spots or norm in waiting]
-            if (layer in record.weights or norms) and layer not in self.included:
-                why = f"its weight is read at {record.weights[layer]}" if layer in record.weights else _SEVERAL
-                said.append(f"{layer.whitening.label} is plain again ({why})")
-                become(layer, plain_again(layer))
-                plain.add(layer)
+        inside, said = set(top.modules()), []
         names = {module: path for path, module in top.named_modules()}
+        shared, spots = record.shared(), {one.spot for one in self.norms}
 
         def name(layer: nn.Module) -> str:
             return names.get(layer, "") or "the model"
 
-        for removed in self.removed:
-            spot = removed.spot
-            around = plain & (record.makers(spot) | record.readers.get(spot, set()))
-            fate = fate_of_norm(spot, record, is_whitened, name)
-            if around and fate is not None and removed.place not in self.included:
-                removed.restore(min(around, key=name))
-                said.append(f"{removed.entry.path} is back ({fate[0]})")
-            else:
-                self.gone |= removed.place in inside
-        for norm, entry in self.waiting:
-            if norm not in inside or norm not in record.sources or entry.build is None:
-                continue
-            fate = fate_of_norm(norm, record, is_whitened, name)
-            if fate is None:
-                become(norm, entry.build(norm))
-                self.gone = True
-                said.append(f"{entry.path} is gone")
-            else:
-                said.append(f"{entry.path} stays ({fate[0]})")
+        for layer in (module for module in top.modules() if isinstance(module, WhitenedLayer)):
+            several = not spots.isdisjoint(shared.get(layer, ()))
+            if (layer in record.weights or several) and layer not in self.included:
+                why = f"its weight is read at {record.weights[layer]}" if layer in record.weights else _SEVERAL
+                said.append(f"{layer.whitening.label} is plain again ({why})")
+                become(layer, plain_again(layer))
+                self.plain.add(layer)
+        for one in self.norms:
+            why_kept = record.why_kept(one.spot, is_whitened, name)
+            if one.norm is not None:
+                around = self.plain & (record.makers(one.spot) | record.readers.get(one.spot, set()))
+                if around and why_kept is not None and one.place not in self.included:
+                    one.restore(min(around, key=name))
+                    said.append(f"{one.entry.path} is back ({why_kept[0]})")
+                else:
+                    self.gone |= one.place in inside
+            elif one.place in inside and one.place in record.sources:
+                if why_kept is None:
+                    one.remove()
+                    self.gone = True
+                said.append(f"{one.entry.path} " + ("is gone" if why_kept is None else f"stays ({why_kept[0]})"))
+        whole = any(map(_is_ours, top._load_state_dict_pre_hooks.values()))
+        kept = record.written if whole else record.written | record.returned  # whoever calls a part may write to that
         for module in top.modules():
-            kept = record.written if _is_whole(top) else record.written | record.returned
             if type(module) is Clone and module in record.sources and module not in kept:
                 become(module, nn.Identity())
-        self.waiting = [(norm, entry) for norm, entry in self.waiting if norm not in inside]
-        self.removed = [removed for removed in self.removed if removed.place not in inside]
-        if not (self.gone or self.waiting or self.removed):
+        self.norms = [one for one in self.norms if one.is_open and one.place not in inside]
+        if not (self.gone or self.norms):
             for module in self.in_place:
                 module.inplace = True
         self.remove(top)
         if said:
-            shown = "; ".join(said[:5]) + (f"; and {len(said) - 5} more" if len(said) > 5 else "")
             warnings.warn(
-                f"convert: the first forward has shown what the module tree did not: {shown}. Convert with example=, a "
-                "batch, to know before; include= and exclude= decide otherwise.",
+                f"convert: the first forward has shown what the module tree did not: {shown(said, '; ')}. Convert "
+                "with example=, a batch, to know before; include= and exclude= decide otherwise.",
                 UserWarning,
                 stacklevel=6,  # the caller of the model
             )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> FirstRun:
-        if id(self) not in memo:
-            memo[id(self)] = new = FirstRun([], [], [], [])  # whatever runs at the moment does so on the original
-            new.waiting = [(copy.deepcopy(norm, memo), entry) for norm, entry in self.waiting]
-            new.included = [copy.deepcopy(module, memo) for module in self.included]
-            new.removed = [
-                Removed(copy.deepcopy(place, memo), copy.deepcopy(norm, memo), entry)
-                for place, norm, entry in self.removed
-            ]
-            new.plain = [copy.deepcopy(module, memo) for module in self.plain]
-            new.in_place = [copy.deepcopy(module, memo) for module in self.in_place]
-            new.gone = self.gone
-        return memo[id(self)]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in _STATE}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._start_anew()
-
-
-_STATE = ("waiting", "included", "removed", "plain", "in_place", "gone")
 _SEVERAL = "it feeds several batch norms, each with statistics of its own"
 
 
-def _is_state_of(removed: Removed, held: list[str]) -> bool:
-    """Whether a state dict has, with these names, the state of a batch norm rather than of what is in its place."""
-    own = set(removed.norm.state_dict())
-    return own <= set(held) and not own <= set(removed.place.state_dict())
-
-
-def _is_missing(model: nn.Module, path: str, waiting: Mapping[nn.Module, Entry], known: set[str]) -> bool:
-    """Whether a state dict, of these keys, is of a model without this batch norm: it has all that is around it."""
-    if not _own_state(path, model.get_submodule(path)):
-        return False
-    while path:
-        path = path.rpartition(".")[0]
-        around = {
-            key
-            for inner, module in model.get_submodule(path).named_modules(prefix=path)
-            if module not in waiting and not isinstance(module, Whitening)
-            for key in _own_state(inner, module)
-        }
-        if around:
-            return around <= known
-    return False
-
-
-def _own_state(path: str, module: nn.Module) -> list[str]:
-    """Keys of a state dict that are this module's, without those inside it."""
-    buffers = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
-    own = {name: getattr(module, name) for name in (*module._parameters, *buffers)}
-    return [f"{path}.{name}" if path else name for name, tensor in own.items() if tensor is not None]
-
-
 def _is_ours(hook: Any) -> bool:
-    return isinstance(getattr(hook, "__self__", None), FirstRun)
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return any(map(_is_ours, module._forward_pre_hooks.values()))
-
-
-def _is_whole(module: nn.Module) -> bool:
-    """Whether this is the model that was converted, not a part of it."""
-    return any(_is_ours(getattr(held, "hook", None)) for held in module._load_state_dict_pre_hooks.values())
-
-
-def _is_traced() -> bool:
-    """Whether operators are recorded rather than run, by torch.fx or torch.jit."""
-    return is_fx_symbolic_tracing() or torch.jit.is_tracing()
+    return isinstance(getattr(getattr(hook, "hook", hook), "__self__", None), FirstRun)  # torch wraps those of states
 
 
 def _is_transformed(module: nn.Module) -> bool:
     """Whether torch.func transforms the call, or other tensors are in place of the module's parameters."""
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
-        or in_functional_call()
+        or any(frame.f_globals.get("__name__") == "torch.nn.utils.stateless" for frame in frames())
         or not all(isinstance(parameter, nn.Parameter) for parameter in module.parameters())
     )
+
+
+def _call_of_hook() -> FrameType:
+    """The frame of torch that calls the module whose hook asks: an inner function's, or the hook's caller itself."""
+    _, *above = frames()
+    return next((frame for frame in above if frame.f_code is nn.Module._call_impl.__code__), above[0])
+
+
+def _has_ended(frame: FrameType) -> bool:
+    """Whether a function has returned, in whatever thread: Python clears no frame that runs."""
+    try:
+        frame.clear()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _state_without(model: nn.Module, norms: set[nn.Module]) -> set[str]:
+    """Keys of a state dict of the model without these batch norms, and without whitening."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        if module not in norms and not isinstance(module, Whitening)
+        for name, tensor in {**module._parameters, **module._buffers}.items()
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def _parents(path: str) -> list[str]:
+    """``"a.b.c"`` -> ``["a.b.", "a.", ""]``, as keys of what is inside begin."""
+    parts = path.split(".")[:-1]
+    return [*(".".join(parts[:i]) + "." for i in range(len(parts), 0, -1)), ""]
+
+
+def _below(keys: set[str], start: str) -> set[str]:
+    return {key for key in keys if key.startswith(start)}

@@ -1,38 +1,35 @@
-"""What torch's operations do with the tensors that they are given, as far as whoever watches a model has to know."""
+"""What an operation of torch does with its tensors, and in which call: what whoever watches a model has to know."""
 
 from __future__ import annotations
 
 import math
+import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 __all__ = [
-    "asks_for_type",
-    "is_batch_norm",
+    "frames",
+    "in_forward_of",
     "is_pooled",
     "looks_only",
     "memory_of",
     "multiplies_by_weight",
+    "place_of_use",
+    "reads_numbers",
     "says_in_place",
     "version_of",
 ]
 
-# Properties and methods that tell about a tensor without reading its numbers.
+# Properties, methods and functions that tell about a tensor, or make another like it, without reading its numbers.
 _HARMLESS = {
-    getattr(Tensor, name)
-    for name in (
-        "shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "is_cpu", "is_meta", "layout", "is_sparse",
-        "is_quantized", "itemsize", "nbytes",
-    )
-}
-_HARMLESS_METHODS = {
-    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.stride, Tensor.get_device,
-    Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.__len__,
-    Tensor.new_zeros, Tensor.new_ones, Tensor.new_empty, Tensor.new_full, Tensor.new_tensor,
-    torch.zeros_like, torch.ones_like, torch.empty_like,
+    "shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "is_cpu", "is_meta", "layout", "is_sparse",
+    "is_quantized", "itemsize", "nbytes", "size", "dim", "numel", "nelement", "element_size", "stride", "get_device",
+    "is_floating_point", "is_complex", "is_contiguous", "__len__", "new_zeros", "new_ones", "new_empty", "new_full",
+    "new_tensor", "zeros_like", "ones_like", "empty_like",
 }  # fmt: skip
 # Functions that multiply by a weight: what comes out of them was made by the module that they run in.
 _BY_WEIGHT = {
@@ -45,14 +42,21 @@ _PRODUCTS = {
     "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "addmv", "baddbmm", "addbmm", "einsum",
     "tensordot", "spmm", "sparse_mm",
 }  # fmt: skip
-_ADAPTIVE = tuple(f"adaptive_{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3))
-_REDUCTIONS = ("mean", "sum", "amax", "max", "std", "var")
-_BATCH_NORM: tuple[Any, ...] = (F.batch_norm, torch.batch_norm)
+_POOLINGS = {f"adaptive_{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3)}
+_POOLINGS |= {"mean", "sum", "amax", "max", "std", "var"}
 
 
-def is_batch_norm(func: Any) -> bool:
-    """Whether this is torch's function, not a module."""
-    return func in _BATCH_NORM
+def looks_only(func: Any, args: Any) -> bool:
+    """Whether an operation asks a tensor for its shape, type or place, and not for its numbers."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":  # of a property
+        name = getattr(getattr(func, "__self__", None), "__name__", "")
+    return name in _HARMLESS or (func is Tensor.type and len(args) == 1)  # with a type it converts
+
+
+def reads_numbers(func: Any, args: Any, parameter: Tensor) -> bool:
+    """Not so ``x.to(weight)`` and the like."""
+    return not (func in (Tensor.to, Tensor.type_as) and bool(args) and args[0] is not parameter)
 
 
 def multiplies_by_weight(name: str, several: bool) -> bool:
@@ -62,11 +66,13 @@ def multiplies_by_weight(name: str, several: bool) -> bool:
 
 def is_pooled(name: str, x: Tensor, y: Tensor) -> bool:
     """Whether an operation has taken all positions of a map ``(N, C, *spatial)`` together."""
-    if x.dim() < 3 or not x.dim() >= y.dim() >= 2 or y.shape[:2] != x.shape[:2]:
-        return False
-    if name in _ADAPTIVE:
-        return math.prod(y.shape[2:]) == 1
-    return name in _REDUCTIONS and math.prod(y.shape[2:]) == 1
+    some = x.dim() >= 3 and x.dim() >= y.dim() >= 2 and y.shape[:2] == x.shape[:2]
+    return some and name in _POOLINGS and math.prod(y.shape[2:]) == 1
+
+
+def says_in_place(name: str, kwargs: Any) -> bool:
+    """Whether an operation is one that writes to its first tensor, by its name or an argument."""
+    return bool(kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
 
 
 def version_of(tensor: Tensor) -> int | None:
@@ -74,25 +80,40 @@ def version_of(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def says_in_place(name: str, kwargs: Any) -> bool:
-    return bool(kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
-
-
 def memory_of(tensor: Tensor) -> Any:
+    """What tensors have alike that lie in the same memory; ``None`` for one without storage, which has no views."""
     try:
         return tensor.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):  # a tensor without storage has no views
+    except (RuntimeError, NotImplementedError):
         return None
 
 
-def looks_only(func: Any, args: Any) -> bool:
-    """Whether an operation asks a tensor for its shape, type or place, and not for its numbers."""
-    if func is Tensor.type and len(args) == 1:  # its name; with a type it converts
-        return True
-    owner = getattr(func, "__self__", None)
-    return func in _HARMLESS_METHODS or (getattr(func, "__name__", "") == "__get__" and owner in _HARMLESS)
+# Frames in these folders are not where a user would look.
+_INSIDE = (os.path.dirname(os.path.dirname(__file__)) + os.sep, os.path.dirname(torch.__file__) + os.sep)
 
 
-def asks_for_type(func: Any, args: Any, parameter: Tensor) -> bool:
-    """``x.to(weight)`` and the like: the numbers are not read."""
-    return func in (Tensor.to, Tensor.type_as) and bool(args) and args[0] is not parameter
+def frames() -> Iterator[Any]:
+    """Those of this thread, from the caller's caller outwards."""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def in_forward_of(owners: list[nn.Module]) -> bool:
+    """Whether a forward of one of these runs that was called directly, past the hooks."""
+    for frame in frames():
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount:
+            first = frame.f_locals.get(code.co_varnames[0])
+            if any(first is owner for owner in owners):
+                return True
+    return False
+
+
+def place_of_use() -> str:
+    """Where in the user's code, or another library's, the operation stands."""
+    *_, outermost = above = list(frames())
+    outside = (frame for frame in above if not os.path.abspath(frame.f_code.co_filename).startswith(_INSIDE))
+    frame = next(outside, outermost)
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} in {frame.f_code.co_name}"

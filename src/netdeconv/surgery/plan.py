@@ -13,7 +13,7 @@ from torch import nn
 
 from netdeconv.errors import ConfigError
 
-__all__ = ["Action", "ConversionPlan", "Entry", "Pattern", "Selection"]
+__all__ = ["Action", "ConversionPlan", "Entry", "Patterns", "Selection", "shown"]
 
 
 class Action(enum.Enum):
@@ -83,14 +83,8 @@ class ConversionPlan:
 
     def changed(self, done: Mapping[str, tuple[Action, str]]) -> ConversionPlan:
         """The same plan with other actions, and reasons, for some paths."""
-        return ConversionPlan(
-            tuple(
-                dataclasses.replace(entry, action=done[entry.path][0], why=done[entry.path][1])
-                if entry.path in done
-                else entry
-                for entry in self.entries
-            )
-        )
+        now: dict[str, Any] = {path: {"action": action, "why": why} for path, (action, why) in done.items()}
+        return ConversionPlan(tuple(dataclasses.replace(entry, **now.get(entry.path, {})) for entry in self.entries))
 
     @property
     def batch_norms_left(self) -> tuple[Entry, ...]:
@@ -101,39 +95,40 @@ class ConversionPlan:
     def summary(self) -> str:
         """One line: modules per action."""
         count = collections.Counter(entry.action for entry in self.entries)
-        norms = [entry for entry in self.entries if entry.norm]
-        gone = f"{len(norms) - len(self.batch_norms_left)} of {len(norms)} batch norms gone"
-        parts = [
-            f"{count[Action.WHITEN]} layers whitened",
-            gone if norms else "no batch norm to remove",
-            f"{count[Action.LEAVE]} left as they are",
-            f"{count[Action.KEEP]} not concerned",
-        ]
-        if count[Action.WAIT]:
-            parts.insert(2, f"{count[Action.WAIT]} waiting for the first forward")
-        if count[Action.REWRITE]:
-            parts.insert(1, f"{count[Action.REWRITE]} to be rewritten first")
-        return ", ".join(parts)
+        norms = sum(entry.norm for entry in self.entries)
+        gone = f"{norms - len(self.batch_norms_left)} of {norms} batch norms gone"
+        parts = {
+            f"{count[Action.WHITEN]} layers whitened": True,
+            f"{count[Action.REWRITE]} to be rewritten first": count[Action.REWRITE],
+            gone if norms else "no batch norm to remove": True,
+            f"{count[Action.WAIT]} waiting for the first forward": count[Action.WAIT],
+            f"{count[Action.LEAVE]} left as they are": True,
+            f"{count[Action.KEEP]} not concerned": True,
+        }
+        return ", ".join(part for part, said in parts.items() if said)
 
     def table(self, everything: bool = False) -> str:
         """The plan as text; with ``everything`` also the modules that are not concerned."""
-        shown = [entry for entry in self.entries if everything or entry.action is not Action.KEEP]
         rows = [("path", "module", "action", "why")]
-        rows += [
-            (" = ".join(name or "(model)" for name in (entry.path, *entry.aliases)), entry.kind, entry.action.value,
-             entry.why)
-            for entry in shown
-        ]  # fmt: skip
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = ["  ".join((*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3])).rstrip()
-                 for row in rows]  # fmt: skip
+        for entry in self.entries:
+            if everything or entry.action is not Action.KEEP:
+                path = " = ".join(name or "(model)" for name in (entry.path, *entry.aliases))
+                rows.append((path, entry.kind, entry.action.value, entry.why))
+        widths = [*(max(len(row[i]) for row in rows) for i in range(3)), 0]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([*lines, self.summary])
 
     def __str__(self) -> str:
         return self.table()
 
 
+def shown(items: list[str], between: str = ", ") -> str:
+    """The first five, and how many more there are."""
+    return between.join([*items[:5], *([f"and {len(items) - 5} more"] if len(items) > 5 else [])])
+
+
 Pattern: TypeAlias = "str | type | Callable[[str, nn.Module], bool]"
+Patterns: TypeAlias = "Pattern | Iterable[Pattern] | None"
 
 
 class Selection:
@@ -145,12 +140,10 @@ class Selection:
     Modules are to be asked about in the order of ``named_modules()``.
     """
 
-    def __init__(
-        self, include: Pattern | Iterable[Pattern] | None = None, exclude: Pattern | Iterable[Pattern] | None = None
-    ) -> None:
-        self.include = None if include is None else _listed("include", include)
-        self.exclude = [] if exclude is None else _listed("exclude", exclude)
-        self._matched: dict[int, list[str]] = {}  # pattern -> the paths it has matched
+    def __init__(self, include: Patterns = None, exclude: Patterns = None) -> None:
+        self.include, self.exclude = _listed("include", include), _listed("exclude", exclude)
+        self._everything = include is None
+        self._matched: dict[int, set[str]] = {}  # pattern -> the paths it has matched
 
     def why_not(self, path: str, module: nn.Module) -> str | None:
         """The reason this module is not chosen; ``None`` when it is."""
@@ -158,8 +151,8 @@ class Selection:
         if hits:
             return f"excluded by {_name(hits[0])}"
         # All patterns are tried, so that one that never matches is found.
-        chosen = [self._matches(pattern, path, module) for pattern in self.include or ()]
-        return None if self.include is None or any(chosen) else "not in include"
+        chosen = [self._matches(pattern, path, module) for pattern in self.include]
+        return None if self._everything or any(chosen) else "not in include"
 
     def names(self, path: str, module: nn.Module) -> bool:
         """Whether a path or a function of ``include`` chooses this module itself, not what it is inside of."""
@@ -167,12 +160,12 @@ class Selection:
             fnmatch.fnmatchcase(path, pattern)
             if isinstance(pattern, str)
             else not isinstance(pattern, type) and bool(pattern(path, module))
-            for pattern in self.include or ()
+            for pattern in self.include
         )
 
     def insists(self, path: str) -> bool:
         """Whether ``include`` has this very path, written out."""
-        return path in [pattern for pattern in self.include or () if isinstance(pattern, str)]
+        return path in [pattern for pattern in self.include if isinstance(pattern, str)]
 
     def check_used(self) -> None:
         """Complain about a pattern that matched nothing, most often a misspelt path.
@@ -180,7 +173,7 @@ class Selection:
         Raises:
             ConfigError: there is one.
         """
-        for word, patterns in (("include", self.include or []), ("exclude", self.exclude)):
+        for word, patterns in (("include", self.include), ("exclude", self.exclude)):
             for pattern in patterns:
                 if id(pattern) not in self._matched:
                     raise ConfigError(
@@ -189,23 +182,22 @@ class Selection:
                     )
 
     def _matches(self, pattern: Any, path: str, module: nn.Module) -> bool:
+        parts, matched = path.split("."), self._matched.get(id(pattern), set())
+        above = [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
         if isinstance(pattern, str):
-            parts = path.split(".")
-            found = any(fnmatch.fnmatchcase(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))
+            found = any(fnmatch.fnmatchcase(each, pattern) for each in above)
         elif isinstance(pattern, type):
-            above = self._matched.get(id(pattern), [])
-            inside = any(not place or path.startswith(f"{place}.") for place in above)
-            found = inside or isinstance(module, pattern)
-            path = above[0] if inside else path
+            found = isinstance(module, pattern) or not matched.isdisjoint(["", *above])
         else:
             found = bool(pattern(path, module))
-        if found and path not in self._matched.setdefault(id(pattern), []):
-            self._matched[id(pattern)].append(path)
+        if found:
+            self._matched.setdefault(id(pattern), set()).add(path)
         return found
 
 
 def _listed(word: str, patterns: Any) -> list[Any]:
-    listed = [patterns] if isinstance(patterns, (str, type)) or callable(patterns) else list(patterns)
+    one = isinstance(patterns, (str, type)) or callable(patterns)
+    listed = [patterns] if one else [] if patterns is None else list(patterns)
     for pattern in listed:
         if not (isinstance(pattern, (str, type)) or callable(pattern)):
             raise ConfigError(

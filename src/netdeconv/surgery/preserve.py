@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import functools
+import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from netdeconv.errors import NumericalError
-from netdeconv.functional import Blocks
+from netdeconv.functional import Window, unfold
 from netdeconv.functional.precision import exact
 from netdeconv.nn import Whitening
-from netdeconv.surgery.batches import batches, evaluating, fork_rng, max_relative_error, run_batch, training_branches
-from netdeconv.surgery.layers import ChannelAffine, become, parameter_like, scale_and_shift
-from netdeconv.surgery.plan import Action, ConversionPlan, Entry
-from netdeconv.surgery.recognise import BatchNorm, is_layer, is_like_batch_norm
-from netdeconv.surgery.statistics import Gatherer, input_rows, remember
-from netdeconv.surgery.watch import Record, Watcher
+from netdeconv.nn.gathering import Gatherer
+from netdeconv.surgery.batches import (
+    Caller,
+    batches,
+    evaluating,
+    fork_rng,
+    listening,
+    max_relative_error,
+    run_batch,
+    training_branches,
+)
+from netdeconv.surgery.layers import become, is_layer, parameter_like
+from netdeconv.surgery.norms import BatchNorm, ChannelAffine, is_like_batch_norm, scale_and_shift
+from netdeconv.surgery.plan import Action, ConversionPlan, shown
+from netdeconv.surgery.record import Record
+from netdeconv.surgery.watch import Watcher
 
-__all__ = ["preserved", "record_of", "unfold"]
+__all__ = ["preserved", "record_of"]
 
 # Largest relative error of the converted network's output that passes for equal, by the weights' precision. Rounding
 # is amplified by the condition of the roots, at most 1.5**5 = 8 per layer for 5 steps, some hundred for "eigh".
@@ -33,7 +41,7 @@ _COMPARED = 8  # batches that are kept with their outputs
 
 
 @torch.no_grad()
-def record_of(model: nn.Module, example: Any, call: Callable[[nn.Module, Any], Any] | None = None) -> Record:
+def record_of(model: nn.Module, example: Any, call: Caller = None) -> Record:
     """What one batch shows of a model: run in evaluation mode, and where that leaves modules out, in training branches.
 
     Args:
@@ -44,10 +52,7 @@ def record_of(model: nn.Module, example: Any, call: Callable[[nn.Module, Any], A
 
 
 def observe(
-    model: nn.Module,
-    whitenings: Mapping[nn.Module, Whitening],
-    data: Any,
-    call: Callable[[nn.Module, Any], Any] | None = None,
+    model: nn.Module, whitenings: Mapping[nn.Module, Whitening], data: Any, call: Caller
 ) -> tuple[Record, dict[nn.Module, Gatherer], list[tuple[Any, Any]]]:
     """Run the data in evaluation mode; what was seen, every layer's statistics, the first batches and what came out.
 
@@ -60,47 +65,45 @@ def observe(
         data, call: as in :func:`netdeconv.convert`.
     """
     watcher = Watcher(model)
-    gatherers = _gatherers(whitenings)
+    gatherers = {layer: Gatherer(whitening, every_position=False) for layer, whitening in whitenings.items()}
     seen: list[tuple[Any, Any]] = []
-    with _gathering(gatherers):
+
+    def run(batch: Any) -> Any:
+        with fork_rng(), watcher:
+            output = run_batch(model, batch, call)
+            watcher.returned(output)
+        return output
+
+    def gather(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x, gatherer = args[0] if args else kwargs["input"], gatherers[layer]
+        with torch._C.DisableTorchFunction():  # whoever watches the model is not to watch this
+            gatherer.add(_input_rows(x, gatherer.whitening.window))
+
+    with listening(gatherers, gather, with_kwargs=True):
         for batch in batches(data):
-            output = _run(model, batch, call, watcher)
+            output = run(batch)
             if len(seen) < _COMPARED:
                 seen.append((batch, output))
     parts = {module for module in model.modules() if is_layer(module) or is_like_batch_norm(module)}
-    if parts - set(watcher.record.calls):
-        missed = _gatherers({layer: whitenings[layer] for layer in gatherers if not gatherers[layer].total})
-        with training_branches(model), contextlib.suppress(Exception), _gathering(missed):
+    if parts <= set(watcher.record.calls):
+        return watcher.record, gatherers, seen
+    before = copy.deepcopy(watcher.record, {id(module): module for module in model.modules()})  # of the same modules
+    missed = {layer: gatherer for layer, gatherer in gatherers.items() if not gatherer.total}
+    try:
+        with training_branches(model), listening(missed, gather, with_kwargs=True):
             for batch, _ in seen:
-                _run(model, batch, call, watcher)
-            gatherers |= missed
+                run(batch)
+    except Exception:
+        nothing = {layer: Gatherer(gatherer.whitening, every_position=False) for layer, gatherer in missed.items()}
+        return before, gatherers | nothing, seen
     return watcher.record, gatherers, seen
 
 
-def _gatherers(whitenings: Mapping[nn.Module, Whitening]) -> dict[nn.Module, Gatherer]:
-    return {layer: Gatherer(whitening, every_position=False) for layer, whitening in whitenings.items()}
-
-
-def _run(model: nn.Module, batch: Any, call: Callable[[nn.Module, Any], Any] | None, watcher: Watcher) -> Any:
-    with fork_rng():
-        return watcher.run(functools.partial(run_batch, model, batch, call))
-
-
-@contextlib.contextmanager
-def _gathering(gatherers: Mapping[nn.Module, Gatherer]) -> Iterator[None]:
-    """Every call of a layer adds its input to the statistics."""
-
-    def gather(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["input"]
-        with torch._C.DisableTorchFunction():  # whoever watches the model is not to watch this
-            gatherers[layer].add(input_rows(x, gatherers[layer].whitening.window))
-
-    handles = [layer.register_forward_pre_hook(gather, with_kwargs=True) for layer in gatherers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _input_rows(x: Tensor, window: Window) -> Tensor:
+    """A layer's input as ``(N, C, *spatial)``: with a batch dimension, or for a linear layer as rows."""
+    if not window.kernel_size:
+        return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == len(window.kernel_size) + 2 else x.unsqueeze(0)
 
 
 @torch.no_grad()
@@ -109,7 +112,7 @@ def preserved(
     draft: ConversionPlan,
     decide: Callable[[Record], ConversionPlan],
     data: Any,
-    call: Callable[[nn.Module, Any], Any] | None = None,
+    call: Caller = None,
 ) -> ConversionPlan:
     """Convert ``model``, in place, so that it evaluates as before; returns what was done in the end.
 
@@ -121,119 +124,87 @@ def preserved(
         NumericalError: it does not, beyond the rounding that the dtype of the weights explains.
     """
     sharing = _with_shared_parameters(model)
-    twins: dict[nn.Module, Any] = {}
-    for entry in draft.where(Action.WHITEN):
-        layer = model.get_submodule(entry.path)
-        if layer not in sharing and entry.build is not None:
-            twins[layer] = entry.build(layer)
+    drafted: dict[Any, Any] = {model.get_submodule(entry.path): entry.build for entry in draft.where(Action.WHITEN)}
+    twins = {layer: build(layer) for layer, build in drafted.items() if layer not in sharing}
     with evaluating(model):
-        record, gatherers, seen = observe(model, {layer: twins[layer].whitening for layer in twins}, data, call)
+        record, gatherers, seen = observe(model, {layer: twin.whitening for layer, twin in twins.items()}, data, call)
         plan = decide(record)
-        modules = {entry.path: model.get_submodule(entry.path) for entry in plan}
-        layers = {modules[entry.path]: entry.path for entry in plan.where(Action.WHITEN)}
-        plain = dict.fromkeys(sharing & set(layers), "it shares parameters with another module")
-        for layer in set(layers) - sharing:
-            if layer in record.weights:
+        paths = {model.get_submodule(entry.path): entry.path for entry in plan}
+        modules: dict[str, Any] = {path: module for module, path in paths.items()}
+        plain: dict[Any, str] = {}  # layers that are left after all
+        targets: dict[Any, tuple[Tensor, Tensor]] = {}  # weight and bias of the others, were they plain
+        for entry in plan.where(Action.WHITEN):
+            layer = modules[entry.path]
+            if layer in sharing:
+                plain[layer] = "it shares parameters with another module"
+            elif layer in record.weights:
                 plain[layer] = f"its weight is read elsewhere ({record.weights[layer]})"
             elif not gatherers[layer].total:
                 plain[layer] = "the data never reach it"
+            else:
+                targets[layer] = _plain_parameters(layer)
+        left, read = plan.where(Action.LEAVE), set(twins) & set(record.weights)  # which are to be warned of, too
+        done = {entry.path: (Action.LEAVE, entry.why) for entry in left if modules[entry.path] in read}
+        done |= {paths[layer]: (Action.LEAVE, why) for layer, why in plain.items()}
         feeds = {norm: layer for norm, layer in record.feeds().items() if not (_has_hooks(norm) or _has_hooks(layer))}
-        targets = {layer: _plain_parameters(layer) for layer in layers if layer not in plain}
-        done = {
-            entry.path: (Action.LEAVE, entry.why) for entry in plan.where(Action.LEAVE) if modules[entry.path] in twins
-            and modules[entry.path] in record.weights
-        }  # fmt: skip
         for entry in plan.where(Action.REMOVE):
-            norm = modules[entry.path]
-            before = [layers[layer] for layer in record.makers(norm) if layer in plain]
-            done[entry.path] = (
-                (Action.LEAVE, f"it normalises the output of {before[0]}, which is left")
-                if before
-                else _replace_norm(norm, entry, feeds.get(norm), targets, layers)
-            )
-        for layer, path in layers.items():
-            done[path] = (
-                (Action.LEAVE, plain[layer])
-                if layer in plain
-                else _replace_layer(layer, twins[layer], gatherers[layer], targets[layer])
-            )
-        errors = []
-        for batch, expected in seen:
-            with fork_rng():
-                errors.append(max_relative_error(run_batch(model, batch, call), expected))
-    _warn_of_plain(plan, done)
+            norm, build = modules[entry.path], entry.build
+            assert isinstance(build, BatchNorm)
+            before = sorted(paths[layer] for layer in record.makers(norm) if layer in plain)
+            layer, affine = feeds.get(norm, norm), scale_and_shift(norm)
+            if before:
+                done[entry.path] = (Action.LEAVE, f"it normalises the output of {before[0]}, which is left")
+            elif affine is None:
+                done[entry.path] = (Action.LEAVE, "it has no running statistics, so evaluation depends on the batch")
+            elif layer in targets:
+                (weight, bias), (scale, shift) = targets[layer], affine
+                targets[layer] = weight * scale.reshape(-1, *[1] * (weight.dim() - 1)), bias * scale + shift
+                become(norm, build(norm))
+                done[entry.path] = (Action.FOLD, f"into {paths[layer]}")
+            else:
+                become(norm, build.around(_as_affine(norm, *affine), "affine"))
+                done[entry.path] = (Action.AFFINE, "no layer feeds it alone")
+        for layer, target in targets.items():
+            gatherers[layer].settle()
+            found, blocks = twins[layer].whitening.remembered(), twins[layer].whitening.blocks
+            unfolded = unfold(*target, found.mean, found.roots, blocks, found.scale)
+            become(layer, _with_weights(layer, twins[layer], *unfolded))
+            done[paths[layer]] = (Action.WHITEN, "evaluates as before")
+        _check_outputs(model, seen, call)
+    result = plan.changed(done)
+    said = [f"{entry.path} ({entry.why})" for entry in result.where(Action.LEAVE) if entry.path in done]
+    if said:
+        warnings.warn(f"convert: left as they were, to preserve the output: {shown(said)}.", UserWarning, stacklevel=5)
+    return result
+
+
+def _check_outputs(model: nn.Module, seen: list[tuple[Any, Any]], call: Caller) -> None:
+    worst = 0.0
+    for batch, expected in seen:
+        with fork_rng():
+            error = max_relative_error(run_batch(model, batch, call), expected)
+        worst = max(worst, error)
     dtypes = {parameter.dtype for parameter in model.parameters()}
     tolerance = max((_TOLERANCE.get(dtype, _TOLERANCE_HALF) for dtype in dtypes), default=0.0)
-    if not max(errors) <= tolerance:
+    if not worst <= tolerance:
         raise NumericalError(
             f"convert: expected the converted model's evaluation output within {tolerance:.0e} of the old one's, got a "
-            f"relative difference of {max(errors):.1e}. A forward that is random, or that changes the model, is one "
+            f"relative difference of {worst:.1e}. A forward that is random, or that changes the model, is one "
             "reason; exclude= the layers it concerns. If it is rounding, convert in float32 or raise eps."
         )
-    return plan.changed(done)
 
 
-def _warn_of_plain(plan: ConversionPlan, done: dict[str, tuple[Action, str]]) -> None:
-    """Say which modules were to be converted and are not."""
-    left = [
-        f"{entry.path} ({done[entry.path][1]})" for entry in plan if done.get(entry.path, (None,))[0] is Action.LEAVE
-    ]
-    if left:
-        shown = ", ".join(left[:5]) + (f", and {len(left) - 5} more" if len(left) > 5 else "")
-        warnings.warn(f"convert: left as they were, to preserve the output: {shown}.", UserWarning, stacklevel=6)
-
-
-def _replace_norm(
-    norm: Any, entry: Entry, layer: nn.Module | None, targets: dict[nn.Module, Any], paths: dict[nn.Module, str]
-) -> tuple[Action, str]:
-    """Fold a batch norm into the layer's target, or make it an affine."""
-    affine = scale_and_shift(norm)
-    if affine is None:
-        return Action.LEAVE, "it has no remembered statistics, so evaluation depends on the batch"
-    assert isinstance(entry.build, BatchNorm)
-    learns = any(parameter.requires_grad for parameter in norm.parameters(recurse=False))
-    scale, shift = affine
-    if layer in targets:
-        weight, bias = targets[layer]
-        targets[layer] = (weight * scale.reshape(-1, *[1] * (weight.dim() - 1)), bias * scale + shift)
-        become(norm, entry.build(norm))
-        return Action.FOLD, f"into {paths[layer]}"
+def _as_affine(norm: Any, scale: Tensor, shift: Tensor) -> nn.Module:
     like = norm.weight if getattr(norm, "weight", None) is not None else norm.running_mean
-    new: nn.Module = ChannelAffine(scale.to(like), shift.to(like)).requires_grad_(learns)
-    if entry.build.after:
-        new = nn.Sequential(collections.OrderedDict([("affine", new), *entry.build.after.items()]))
-    become(norm, new)
-    return Action.AFFINE, "no layer feeds it alone"
+    learns = any(parameter.requires_grad for parameter in norm.parameters(recurse=False))
+    return ChannelAffine(scale.to(like), shift.to(like)).requires_grad_(learns)
 
 
-def _replace_layer(layer: Any, twin: Any, gatherer: Gatherer, target: Any) -> tuple[Action, str]:
-    """Make a layer its twin, with the remembered statistics, and weights that undo them."""
-    remember(twin.whitening, gatherer.moments(), gatherer.batches)
-    weight, bias = unfold(target[0], target[1], twin.whitening)
+def _with_weights(layer: Any, twin: Any, weight: Tensor, bias: Tensor) -> Any:
+    learns = (layer.weight if layer.bias is None else layer.bias).requires_grad
     twin.weight = parameter_like(layer.weight, weight)
-    twin.bias = nn.Parameter(bias.to(layer.weight), requires_grad=_flag(layer))
-    become(layer, twin)
-    return Action.WHITEN, "evaluates as before"
-
-
-def unfold(weight: Tensor, bias: Tensor, whitening: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias that fold to the given ones with a whitening's remembered mean and roots; float64.
-
-    The inverse of :func:`netdeconv.functional.fold`: ``w = D^-1 S^-1 w'``, ``b = b' + mean w'``.
-    """
-    blocks: Blocks = whitening.blocks
-    found = whitening.remembered()
-    grouped = exact(weight).reshape(blocks.groups, -1, blocks.group_features)
-    shift = torch.einsum("goi,gi->go", grouped, blocks.spread_mean(exact(found.mean))).flatten()
-    if found.scale is not None:
-        grouped = grouped / blocks.of_channels(exact(found.scale)).unsqueeze(1)
-    parts = []
-    for part, root in zip(blocks.split(grouped), found.roots, strict=True):
-        groups, out, count, size = part.shape
-        flat = part.reshape(groups, out * count, size)
-        solved = torch.linalg.solve(exact(root).expand(groups, size, size), flat, left=False)
-        parts.append(solved.reshape(part.shape))
-    return blocks.join(parts).reshape(weight.shape), exact(bias) + shift
+    twin.bias = nn.Parameter(bias.to(layer.weight), requires_grad=learns)
+    return twin
 
 
 def _plain_parameters(layer: Any) -> tuple[Tensor, Tensor]:
@@ -253,7 +224,3 @@ def _with_shared_parameters(model: nn.Module) -> set[nn.Module]:
 def _has_hooks(module: nn.Module) -> bool:
     """Whether somebody listens to this module, who would hear something else after folding."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-
-
-def _flag(layer: Any) -> bool:
-    return bool(layer.weight.requires_grad if layer.bias is None else layer.bias.requires_grad)

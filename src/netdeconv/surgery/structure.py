@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from netdeconv.surgery.recognise import LAYERS, is_layer, is_like_batch_norm, is_sequence
+from netdeconv.surgery.layers import holds_modules, is_layer, is_whitened
+from netdeconv.surgery.norms import is_like_batch_norm
 
-__all__ = ["Neighbours", "Structure", "is_pointwise"]
+__all__ = ["Structure", "is_pointwise"]
 
 _POOLINGS: tuple[Any, ...] = (
     nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
@@ -59,6 +60,14 @@ class Neighbours(NamedTuple):
     rivals: frozenset[nn.Module] | None = frozenset()
 
 
+class _Place(NamedTuple):
+    """Where a batch norm stands in a sequence: layers around it, and whether nothing behind is seen to write to it."""
+
+    before: frozenset[nn.Module] | None
+    after: frozenset[nn.Module] | None
+    stays: bool
+
+
 class Structure:
     """One look at a module tree.
 
@@ -74,78 +83,77 @@ class Structure:
     def __init__(self, model: nn.Module) -> None:
         self.pooled: set[nn.Module] = set()
         self.read: dict[nn.Module, str] = {}
-        self._stays: dict[nn.Module, bool] = {}
-        self.several: dict[nn.Module, list[nn.Module]] = {}
-        self._before: dict[nn.Module, frozenset[nn.Module]] = {}
-        self._after: dict[nn.Module, frozenset[nn.Module]] = {}
-        self._unsure: set[nn.Module] = set()
+        self._places: dict[nn.Module, list[_Place]] = {}
         self._parents: dict[nn.Module, tuple[str, nn.Module]] = {}
         order: list[nn.Module] = []
         followers: dict[nn.Module, list[nn.Module]] = {}
         inner: set[nn.Module] = set()
         for module in model.modules():  # parents come first
-            children = dict(module.named_children())
-            kind = type(module)
+            children, kind = dict(module.named_children()), type(module)
             if is_like_batch_norm(module) or _makes(module):
                 order.append(module)
-            if is_sequence(module) or kind.__name__ in _SEQUENCES:
+            if _is_sequence(module) or kind.__name__ in _SEQUENCES:
                 _through(module, False, self.pooled)
-            if is_sequence(module) and module not in inner:
+            if not _is_sequence(module):
+                _follow(list(children.values()), followers)
+            elif module not in inner:
                 chain = list(_flat(module, inner))
-                self._chain(chain, is_sequence(model))
+                self._chain(chain, _is_sequence(model))
                 _follow(chain, followers)
-            self.pooled |= {
-                children[name] for name in _SQUEEZED.get(kind.__name__, ()) if is_pointwise(children.get(name))
-            }
+            squeezed = (children.get(name) for name in _SQUEEZED.get(kind.__name__, ()))
+            self.pooled |= {layer for layer in squeezed if layer is not None and is_pointwise(layer)}
             for name in _READ.get(f"{kind.__module__}.{kind.__name__}", ()):
                 if name in children:
                     self.read[children[name]] = f"{kind.__name__} reads its weight itself"
             for name, child in children.items():
                 self._parents.setdefault(child, (name, module))
-            if not is_sequence(module):
-                _follow(list(children.values()), followers)
         self.several = {layer: norms for layer, norms in followers.items() if len(norms) > 1}
-        self.neighbours = self._all_neighbours(order)
-        self.fresh = {norm for norm, stays in self._stays.items() if stays}
+        self.neighbours = {
+            norm: self._around(norm, order[:index], order[index + 1 :])
+            for index, norm in enumerate(order)
+            if is_like_batch_norm(norm)
+        }
+        self.fresh = {norm for norm, places in self._places.items() if all(place.stays for place in places)}
 
     def _chain(self, chain: list[nn.Module], at_the_end: bool) -> None:
         """Note what stands around the batch norms of a sequence."""
         for index, norm in enumerate(chain):
-            if not is_like_batch_norm(norm):
-                continue
-            before, after = _nearest(reversed(chain[:index])), _nearest(chain[index + 1 :])
-            if before is None or self._before.get(norm, before) != before:
-                self._unsure.add(norm)
-            self._before[norm] = before or frozenset()
-            self._after[norm] = self._after.get(norm, frozenset()) | (after or frozenset())
-            stays = _stays([*norm.children(), *chain[index + 1 :]], at_the_end)
-            self._stays[norm] = stays and self._stays.get(norm, True)
+            if is_like_batch_norm(norm):
+                rest = chain[index + 1 :]
+                stays = _stays([*norm.children(), *rest], at_the_end)
+                place = _Place(_nearest(reversed(chain[:index])), _nearest(rest), stays)
+                self._places.setdefault(norm, []).append(place)
 
-    def _all_neighbours(self, order: list[nn.Module]) -> dict[nn.Module, Neighbours]:
-        found = {}
-        for index, norm in enumerate(order):
-            if not is_like_batch_norm(norm):
-                continue
-            if norm in self._before and norm not in self._unsure:
-                found[norm] = Neighbours(self._before[norm], self._after[norm], True)
-                continue
-            before = self._feeding(norm, order[:index])
-            rest = order[index + 1 :]
-            reading = next((module for module in rest if not is_like_batch_norm(module)), None)
-            after = frozenset({reading}) if reading is not None and _takes(reading, norm) else frozenset()
-            beside = (*order[index - 1 : index], *rest[:1])
-            found[norm] = Neighbours(before, after | self._after.get(norm, frozenset()), False)
-            found[norm] = found[norm]._replace(**self._ambiguity(norm, beside, before))
-        return found
+    def _around(self, norm: nn.Module, earlier: list[nn.Module], later: list[nn.Module]) -> Neighbours:
+        """What stands around a batch norm, by the sequences that it is in, or by the order of the modules."""
+        places = self._places.get(norm, [])
+        after: frozenset[nn.Module] = frozenset().union(*(place.after or () for place in places))
+        shown = {place.before for place in places}
+        if len(shown) == 1 and None not in shown:
+            return Neighbours(shown.pop() or frozenset(), after, True)
+        reading = next((module for module in later if not is_like_batch_norm(module)), None)
+        if reading is not None and _takes(reading, norm):
+            after |= {reading}
+        namesake = self._namesake(norm)
+        if namesake is not None:
+            return Neighbours(frozenset({namesake}), after, False)
+        before, parent = self._feeding(norm, earlier), self._parent(norm)
+        beside = (other for other in (*earlier[-1:], *later[:1]) if is_like_batch_norm(other))
+        if any(_width(other) == _width(norm) and self._parent(other) is parent for other in beside):
+            return Neighbours(before, after, False, None)
+        others = parent.children() if before else parent.modules()  # what stands behind it tells less
+        rivals = frozenset(other for other in others if _makes(other) and _gives(other, norm))
+        return Neighbours(before, after, False, rivals - before - self.pooled)
+
+    def _parent(self, module: nn.Module) -> nn.Module:
+        return self._parents.get(module, ("", module))[1]
 
     def _feeding(self, norm: nn.Module, earlier: list[nn.Module]) -> frozenset[nn.Module]:
         """The layer right before a batch norm, or those of the same parent whose outputs join to its width."""
         parts: list[nn.Module] = []
-        inside = set(self._parents.get(norm, ("", norm))[1].modules())
-        width = 0
+        inside, width = set(self._parent(norm).modules()), 0
         for layer in reversed(earlier):
-            given = _given(layer)
-            outside = layer not in inside
+            given, outside = _given(layer), layer not in inside
             if is_like_batch_norm(layer) or (outside and (parts or layer in self.pooled)) or (parts and given is None):
                 break
             parts.append(layer)
@@ -153,19 +161,6 @@ class Structure:
                 return frozenset(parts) if given is None or width + given == _width(norm) else frozenset()
             width += given
         return frozenset()
-
-    def _ambiguity(self, norm: nn.Module, beside: Iterable[nn.Module], before: frozenset[nn.Module]) -> dict[str, Any]:
-        """What else could feed a batch norm, among the modules that its parent holds."""
-        _, parent = self._parents.get(norm, ("", norm))
-        namesake = self._namesake(norm)
-        if namesake is not None:
-            return {"before": frozenset({namesake}), "rivals": frozenset()}
-        norms = [other for other in beside if is_like_batch_norm(other) and _width(other) == _width(norm)]
-        if any(self._parents.get(other, ("", None))[1] is parent for other in norms):
-            return {"rivals": None}
-        others = parent.children() if before else parent.modules()  # what stands behind it tells less
-        rivals = frozenset(other for other in others if _makes(other) and _gives(other, norm))
-        return {"rivals": rivals - before - self.pooled}
 
     def _namesake(self, norm: nn.Module) -> nn.Module | None:
         """``conv2`` of ``bn2``, and ``convs.2`` of ``bns.2``."""
@@ -183,9 +178,14 @@ class Structure:
         return None
 
 
+def _is_sequence(module: nn.Module) -> bool:
+    """Whether calling this calls its members in order, each with what the one before gives."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
 def _flat(sequence: nn.Module, inner: set[nn.Module]) -> Iterable[nn.Module]:
     for child in sequence.children():
-        if is_sequence(child):
+        if _is_sequence(child):
             inner.add(child)
             yield from _flat(child, inner)
         else:
@@ -199,7 +199,7 @@ def _nearest(steps: Iterable[nn.Module]) -> frozenset[nn.Module] | None:
             continue
         if _makes(step):
             return frozenset({step})
-        if any(True for _ in step.children()):
+        if holds_modules(step):
             return None
     return None
 
@@ -216,7 +216,7 @@ def _makes(module: nn.Module) -> bool:
     if is_layer(module):
         return True
     own = [parameter for parameter in module._parameters.values() if parameter is not None]
-    if not own or any(True for _ in module.children()):
+    if not own or holds_modules(module):
         return False
     return any(is_lazy(parameter) or sum(size > 1 for size in parameter.shape) > 1 for parameter in own)
 
@@ -250,8 +250,8 @@ def _stays(following: list[nn.Module], at_the_end: bool) -> bool:
     for module in following:
         if isinstance(module, _HANDING_ON):
             continue
-        known = type(module).__module__.startswith("torch.nn.") and not any(True for _ in module.children())
-        return known or isinstance(module, LAYERS)
+        known = type(module).__module__.startswith("torch.nn.") and not holds_modules(module)
+        return known or is_layer(module) or is_whitened(module)
     return at_the_end
 
 
@@ -264,10 +264,10 @@ def _through(module: Any, pooled: bool, found: set[nn.Module]) -> bool:
         if pooled:
             found.add(module)
         return pooled
-    if is_sequence(module) or type(module).__name__ in _SEQUENCES:
+    if _is_sequence(module) or type(module).__name__ in _SEQUENCES:
         for child in module:  # a member may stand there twice
             pooled = _through(child, pooled, found)
-        return pooled and is_sequence(module)
+        return pooled and _is_sequence(module)
     harmless = is_like_batch_norm(module) or isinstance(module, nn.Identity) or type(module).__module__ in _BETWEEN
     return pooled and harmless
 

@@ -22,7 +22,7 @@ from netdeconv.lab.options import add_field_options, given_options
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from netdeconv.lab.benchmark.record import Follower
+    from netdeconv.lab.progress import Progress
     from netdeconv.lab.report import Table
 
 __all__ = ["BENCHMARKS", "add_arguments", "measure", "run"]
@@ -30,7 +30,7 @@ __all__ = ["BENCHMARKS", "add_arguments", "measure", "run"]
 # Name -> settings, and the line that explains it.
 BENCHMARKS: dict[str, tuple[type[Settings], str]] = {
     "step": (StepSettings, "Training step, evaluation and memory of a network, beside BatchNorm's."),
-    "memory": (MemorySettings, "Memory of a training step, each contestant in a fresh process."),
+    "memory": (MemorySettings, "Memory of a training step, each candidate in a fresh process."),
     "root": (RootSettings, "Time and error of every solver of the inverse root."),
     "moments": (MomentsSettings, "Time and error of the covariance by how many patches are looked at."),
     "scaling": (ScalingSettings, "Whitening's share of one layer's step by channels, batch and map size."),
@@ -41,7 +41,7 @@ BENCHMARKS: dict[str, tuple[type[Settings], str]] = {
 class Benchmark:
     """The heavy part of a benchmark."""
 
-    run: Callable[[Any, Follower, dict[str, Any]], None]
+    run: Callable[[Any, Progress, dict[str, Any]], None]
     tables: Callable[[Mapping[str, Any]], dict[str, Table]]
     figure: Callable[[Mapping[str, Any], str], Figure]
     headline: Callable[[Any], str]
@@ -68,10 +68,10 @@ def run(args: argparse.Namespace) -> int:
     """Measure, write the files, print the tables; after Ctrl-C write what was measured so far."""
     settings_class, _ = BENCHMARKS[args.benchmark]
     settings = settings_class(**given_options(args, settings_class))
-    from netdeconv.lab.benchmark import record as records
+    from netdeconv.lab.progress import Progress
 
-    with records.told(not args.quiet) as follow:
-        record, shown, files = measure(args.benchmark, settings, args.out, follow)
+    with Progress(show=not args.quiet) as progress:
+        record, shown, files = measure(args.benchmark, settings, args.out, progress)
     if not record["complete"]:
         kept = f" What was measured so far is in {files[0]}." if files else ""
         print(f"\nnetdeconv bench {args.benchmark}: stopped.{kept}", file=sys.stderr)
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def measure(name: str, settings: Settings, out: Path, follow: Follower) -> tuple[dict[str, Any], str, list[Path]]:
+def measure(name: str, settings: Settings, out: Path, progress: Progress) -> tuple[dict[str, Any], str, list[Path]]:
     """One benchmark from settings to files.
 
     Returns:
@@ -89,8 +89,7 @@ def measure(name: str, settings: Settings, out: Path, follow: Follower) -> tuple
     """
     from netdeconv.lab.allocator import keep_freed_memory
     from netdeconv.lab.benchmark import record as records
-    from netdeconv.lab.devices import device_of, matmul_precision
-    from netdeconv.lab.running import threads
+    from netdeconv.lab.devices import device_of, matmul_precision, threads
 
     benchmark = _load(name)
     device_of(settings.device)
@@ -101,7 +100,7 @@ def measure(name: str, settings: Settings, out: Path, follow: Follower) -> tuple
     with threads(settings.threads), matmul_precision(settings.matmul_precision):
         record = records.describe(name, settings)
         try:
-            benchmark.run(settings, follow, result)
+            benchmark.run(settings, progress, result)
         except KeyboardInterrupt:
             record["result"] = result
             return record, "", records.write(out, record, None)[:1] if result else []

@@ -22,12 +22,12 @@ def step_figure(result: Mapping[str, Any], title: str) -> Figure:
     """Bars of time, relative to BatchNorm, with 95 % intervals; and of memory where it was measured."""
     parts = [("Training step", "training"), ("Evaluation", "evaluation")]
     memory = result.get("memory")
-    width = 2.2 + 0.5 * len(result["training"]["contestants"])
+    width = 2.2 + 0.5 * len(result["training"]["candidates"])
     figure = Figure(figsize=(width * (2 + bool(memory)), 3.6), dpi=_DPI, layout="constrained")
     panels = figure.subplots(1, 2 + bool(memory), squeeze=False)[0]
     for axes, (name, part) in zip(panels, parts, strict=False):
         ratios = result[part]["ratios"]
-        kinds = list(result[part]["contestants"])
+        kinds = list(result[part]["candidates"])
         found = [ratios.get(f"{kind}/bn", {"value": 1.0, "interval": [1.0, 1.0]}) for kind in kinds]
         reach = [[abs(ratio["interval"][side] - ratio["value"]) for ratio in found] for side in (0, 1)]
         _bars(axes, kinds, [ratio["value"] for ratio in found], reach)

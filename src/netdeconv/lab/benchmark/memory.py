@@ -1,6 +1,6 @@
-"""Peak memory of the training step, each contestant in a process of its own.
+"""Peak memory of the training step, each candidate in a process of its own.
 
-Run as a module it measures one contestant: settings as JSON on standard input, numbers as JSON on standard output.
+Run as a module it measures one candidate: settings as JSON on standard input, numbers as JSON on standard output.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from netdeconv.lab.benchmark.contestants import Training
+from netdeconv.lab.benchmark.candidates import Training
 from netdeconv.lab.benchmark.settings import MemorySettings
-from netdeconv.lab.devices import device_of, matmul_precision
+from netdeconv.lab.devices import device_of, matmul_precision, threads
 from netdeconv.lab.methods import Method
-from netdeconv.lab.running import threads
 
 __all__ = ["measure", "measure_in_fresh_process", "peak_after", "saved_bytes"]
 
@@ -57,7 +56,7 @@ def measure_in_fresh_process(kind: str, settings: MemorySettings) -> dict[str, A
 
 
 def measure(kind: str, settings: MemorySettings) -> dict[str, Any]:
-    """Memory that one contestant takes beyond what was taken before it was built.
+    """Memory that one candidate takes beyond what was taken before it was built.
 
     Returns:
         ``peak``: bytes at the worst moment of building and of three training steps (the first, a refresh in steady

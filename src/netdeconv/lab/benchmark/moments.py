@@ -22,10 +22,11 @@ from netdeconv.functional import (
     patch_moments,
     spread_patches,
 )
-from netdeconv.lab.benchmark.record import Follower
+from netdeconv.lab.benchmark.record import start
 from netdeconv.lab.benchmark.settings import MomentsSettings
-from netdeconv.lab.benchmark.timing import Contestant, race
+from netdeconv.lab.benchmark.timing import Candidate, interleaved_times
 from netdeconv.lab.devices import device_of
+from netdeconv.lab.progress import Progress
 from netdeconv.lab.report import Table
 
 __all__ = ["activations", "run", "samplings", "tables"]
@@ -72,7 +73,7 @@ def _corner(x: Tensor, blocks: Blocks, turn: Tensor, *, stride: int) -> Moments:
     return patch_moments(sample.rows, blocks, sample.weights)
 
 
-def run(settings: MomentsSettings, follow: Follower, result: dict[str, Any]) -> None:
+def run(settings: MomentsSettings, progress: Progress, result: dict[str, Any]) -> None:
     """Errors averaged over refreshes, then times in turn, for every shape of the map."""
     device = device_of(settings.device)
     rows: list[dict[str, Any]] = []
@@ -85,20 +86,20 @@ def run(settings: MomentsSettings, follow: Follower, result: dict[str, Any]) -> 
         x = x / channel_variance(x)[1].sqrt().reshape(1, -1, 1, 1)  # as the default scales them
         blocks = Blocks.plan(channels, _WINDOW, 1, config.block_size, config.grouping)
         known = samplings(settings)
-        follow.start(f"maps {shape}", len(known) * (1 + settings.rounds))
+        start(progress, f"maps {shape}", len(known) * (1 + settings.rounds))
         turns = [torch.tensor(turn, device=device) for turn in range(settings.refreshes)]
         exact = known[ALL](x, blocks, turns[0])
         found: dict[str, dict[str, Any]] = {}
         for name, moments in known.items():
             tried = [_errors(moments(x, blocks, turn), exact, config) for turn in turns]
             found[name] = {key: statistics.fmean(error[key] for error in tried) for key in tried[0]}
-            follow.step()
-        times = race(
-            [Contestant(name, partial(moments, x, blocks, turns[0])) for name, moments in known.items()],
+            progress.step()
+        times = interleaved_times(
+            [Candidate(name, partial(moments, x, blocks, turns[0])) for name, moments in known.items()],
             (False,) * settings.rounds,
             device=device,
             seed=settings.seed,
-            tick=follow.step,
+            tick=progress.step,
         )
         rows += [
             {

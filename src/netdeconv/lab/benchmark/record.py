@@ -8,9 +8,9 @@ import datetime
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -18,57 +18,18 @@ from matplotlib.figure import Figure
 from netdeconv import WhiteningConfig
 from netdeconv.lab.benchmark.settings import Settings
 from netdeconv.lab.plots import png
+from netdeconv.lab.progress import Progress
 from netdeconv.lab.report import Table
 from netdeconv.lab.store import versions, write_json, write_whole
 
-__all__ = ["Follower", "Silent", "describe", "machine", "text", "write"]
+__all__ = ["describe", "machine", "start", "text", "write"]
 
 
-class Follower(Protocol):
-    """Whoever is told how far a benchmark has come."""
-
-    def start(self, stage: str, steps: int) -> None:
-        """A stage of so many steps begins."""
-
-    def step(self) -> None:
-        """One step is done."""
-
-
-class Silent:
-    """A follower that says nothing."""
-
-    def start(self, stage: str, steps: int) -> None:
-        """Nothing."""
-
-    def step(self) -> None:
-        """Nothing."""
-
-
-class Told:
-    """A follower that draws a bar in a terminal, and prints a line per stage anywhere else."""
-
-    def __init__(self, show: bool) -> None:
-        from netdeconv.lab.progress import Progress
-
-        self.progress = Progress(1, show=show)
-
-    def start(self, stage: str, steps: int) -> None:
-        """The bar begins anew."""
-        self.progress.start_run(stage, steps)
-        if not self.progress.drawn:
-            self.progress.say(f"{stage} ...")
-
-    def step(self) -> None:
-        """The bar moves."""
-        self.progress.step()
-
-
-@contextlib.contextmanager
-def told(show: bool) -> Iterator[Follower]:
-    """Progress on standard error while the block runs."""
-    follower = Told(show)
-    with follower.progress:
-        yield follower
+def start(progress: Progress, stage: str, steps: int) -> None:
+    """Begin a stage of so many steps: the bar anew in a terminal, a line anywhere else."""
+    progress.start_run(stage, steps)
+    if not progress.drawn:
+        progress.say(f"{stage} ...")
 
 
 def machine() -> dict[str, Any]:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from netdeconv.functional import SOLVERS, inverse_sqrt
-from netdeconv.lab.benchmark.record import Follower
+from netdeconv.lab.benchmark.record import start
 from netdeconv.lab.benchmark.settings import RootSettings
-from netdeconv.lab.benchmark.timing import Contestant, race
+from netdeconv.lab.benchmark.timing import Candidate, interleaved_times
 from netdeconv.lab.devices import device_of
+from netdeconv.lab.progress import Progress
 from netdeconv.lab.report import Table
 
 __all__ = ["PLAIN", "errors", "newton_schulz_gain", "plain_newton_schulz", "run", "spectrum_matrix", "tables"]
@@ -87,28 +88,28 @@ def solvers(num_iters: int) -> dict[str, Callable[[Tensor], Tensor]]:
     return found
 
 
-def run(settings: RootSettings, follow: Follower, result: dict[str, Any]) -> None:
+def run(settings: RootSettings, progress: Progress, result: dict[str, Any]) -> None:
     """Time the solvers in turn at every size, and take their errors at every condition number."""
     device = device_of(settings.device)
     rows: list[dict[str, Any]] = []
     result["rows"] = rows
     for num_iters, size in itertools.product(settings.iters, settings.sizes):
         known = solvers(num_iters)
-        follow.start(f"{num_iters} steps, n = {size}", len(known) * (settings.rounds + len(settings.conditions)))
+        start(progress, f"{num_iters} steps, n = {size}", len(known) * (settings.rounds + len(settings.conditions)))
         found: dict[str, list[dict[str, float]]] = {solver: [] for solver in known}
         for condition in settings.conditions:
             cov, values, basis = spectrum_matrix(size, condition, settings.seed)
             for solver, solve in known.items():
                 error = errors(solve(cov.float().to(device)), cov, values, basis, num_iters)
                 found[solver].append({"condition": condition, **error})
-                follow.step()
+                progress.step()
         cov = spectrum_matrix(size, _TIMED_CONDITION, settings.seed)[0].float().to(device)
-        times = race(
-            [Contestant(solver, partial(solve, cov)) for solver, solve in known.items()],
+        times = interleaved_times(
+            [Candidate(solver, partial(solve, cov)) for solver, solve in known.items()],
             (False,) * settings.rounds,
             device=device,
             seed=settings.seed,
-            tick=follow.step,
+            tick=progress.step,
         )
         rows += [
             {

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from netdeconv import WhitenedConv2d
-from netdeconv.lab.benchmark.contestants import move_to_step, period_of, steady_step
-from netdeconv.lab.benchmark.record import Follower
+from netdeconv.lab.benchmark.candidates import move_to_step, period_of, steady_step
+from netdeconv.lab.benchmark.record import start
 from netdeconv.lab.benchmark.settings import ScalingSettings
-from netdeconv.lab.benchmark.timing import Contestant, race
+from netdeconv.lab.benchmark.timing import Candidate, interleaved_times
 from netdeconv.lab.devices import device_of
+from netdeconv.lab.progress import Progress
 from netdeconv.lab.report import Table
 
 __all__ = ["AXES", "LayerStep", "Point", "layer_steps", "points", "run", "tables"]
@@ -56,7 +57,7 @@ class LayerStep:
 
 
 def layer_steps(point: Point, device: torch.device, seed: int = 0) -> dict[str, LayerStep]:
-    """The contestants: a plain convolution, one with batch norm, a whitened one."""
+    """The candidates: a plain convolution, one with batch norm, a whitened one."""
     channels, batch, size = point
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -71,7 +72,7 @@ def layer_steps(point: Point, device: torch.device, seed: int = 0) -> dict[str, 
     return {name: LayerStep(layer, x) for name, layer in layers.items()}
 
 
-def run(settings: ScalingSettings, follow: Follower, result: dict[str, Any]) -> None:
+def run(settings: ScalingSettings, progress: Progress, result: dict[str, Any]) -> None:
     """Every point once, also where two axes meet."""
     device = device_of(settings.device)
     refreshes = -(-settings.rounds // 2)
@@ -81,23 +82,25 @@ def run(settings: ScalingSettings, follow: Follower, result: dict[str, Any]) -> 
     for axis, point in points(settings):
         if point not in measured:
             channels, batch, size = point
-            follow.start(f"{channels} channels, batch {batch}, map {size}", len(_NAMES) * (2 + len(plan)))
-            measured[point] = _measure(point, plan, device, settings.seed, follow)
+            start(progress, f"{channels} channels, batch {batch}, map {size}", len(_NAMES) * (2 + len(plan)))
+            measured[point] = _measure(point, plan, device, settings.seed, progress)
         result["points"].append({"axis": axis, **measured[point]})
 
 
-def _measure(point: Point, plan: tuple[bool, ...], device: torch.device, seed: int, follow: Follower) -> dict[str, Any]:
+def _measure(
+    point: Point, plan: tuple[bool, ...], device: torch.device, seed: int, progress: Progress
+) -> dict[str, Any]:
     steps = layer_steps(point, device, seed)
     for step, refresh in itertools.product(steps.values(), (True, False)):
         step.prepare(refresh)
         step()
-        follow.step()
-    found = race(
-        [Contestant(name, step, step.period, step.prepare) for name, step in steps.items()],
+        progress.step()
+    found = interleaved_times(
+        [Candidate(name, step, step.period, step.prepare) for name, step in steps.items()],
         plan,
         device=device,
         seed=seed,
-        tick=follow.step,
+        tick=progress.step,
     )
     ratios = {name: found.ratio(name, "plain") for name in _NAMES if name != "plain"}
     return {

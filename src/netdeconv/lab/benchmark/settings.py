@@ -69,10 +69,10 @@ class StepSettings(MemorySettings):
     compile_mode: str = option(
         "default", "mode of torch.compile", choices=("default", "reduce-overhead", "max-autotune")
     )
-    rounds: int = option(32, "training steps of each contestant, rounded up to whole refresh periods")
-    eval_rounds: int = option(15, "evaluations of each contestant")
+    rounds: int = option(32, "training steps of each candidate, rounded up to whole refresh periods")
+    eval_rounds: int = option(15, "evaluations of each candidate")
     warmup: int = option(2, "steps of each kind before anything is timed")
-    no_memory: bool = option(False, "leave out peak memory, which takes a fresh process for each contestant")
+    no_memory: bool = option(False, "leave out peak memory, which takes a fresh process for each candidate")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,4 +127,4 @@ class ScalingSettings(Settings):
     base_channels: int = option(256, "channels while something else is varied")
     base_batch: int = option(128, "batch size while something else is varied")
     base_size: int = option(8, "map size while something else is varied")
-    rounds: int = option(6, "ordinary steps of each contestant, and half as many with a refresh")
+    rounds: int = option(6, "ordinary steps of each candidate, and half as many with a refresh")

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from netdeconv.lab.benchmark.contestants import Training, kinds
+from netdeconv.lab.benchmark.candidates import Training, kinds
 from netdeconv.lab.benchmark.memory import measure_in_fresh_process
-from netdeconv.lab.benchmark.record import Follower
+from netdeconv.lab.benchmark.record import start
 from netdeconv.lab.benchmark.settings import MemorySettings, StepSettings
-from netdeconv.lab.benchmark.timing import Contestant, Race, race, steady_plan
+from netdeconv.lab.benchmark.timing import Candidate, Timings, interleaved_times, steady_plan
 from netdeconv.lab.devices import device_of
 from netdeconv.lab.methods import Method
+from netdeconv.lab.progress import Progress
 from netdeconv.lab.report import Table
 
 __all__ = ["headline", "memory_tables", "run", "run_memory", "tables"]
@@ -23,98 +24,98 @@ _MB = 1e6
 _BASE = "bn"
 
 
-def run(settings: StepSettings, follow: Follower, result: dict[str, Any]) -> None:
-    """Time all contestants in turn, then their memory; fills ``result`` as it goes."""
+def run(settings: StepSettings, progress: Progress, result: dict[str, Any]) -> None:
+    """Time all candidates in turn, then their memory; fills ``result`` as it goes."""
     device = device_of(settings.device)
-    follow.start("building the networks", len(kinds(settings)))
-    contestants: dict[str, Training] = {}
+    start(progress, "building the networks", len(kinds(settings)))
+    candidates: dict[str, Training] = {}
     for kind in kinds(settings):
-        contestants[kind] = Training(kind, settings)
-        follow.step()
-    _warm_up(contestants, settings, follow)
-    result["training"] = _training(contestants, settings, device, follow)
-    result["evaluation"] = _evaluation(contestants, settings, device, follow)
+        candidates[kind] = Training(kind, settings)
+        progress.step()
+    _warm_up(candidates, settings, progress)
+    result["training"] = _training(candidates, settings, device, progress)
+    result["evaluation"] = _evaluation(candidates, settings, device, progress)
     result["losses_finite"] = {
         kind: training.loss is not None and math.isfinite(float(training.loss))
-        for kind, training in contestants.items()
+        for kind, training in candidates.items()
     }
-    contestants.clear()
+    candidates.clear()
     if not settings.no_memory:
-        run_memory(settings, follow, result)
+        run_memory(settings, progress, result)
 
 
-def run_memory(settings: MemorySettings, follow: Follower, result: dict[str, Any]) -> None:
-    """Peak memory of every contestant, each in a fresh process."""
-    follow.start("memory", len(kinds(settings)))
+def run_memory(settings: MemorySettings, progress: Progress, result: dict[str, Any]) -> None:
+    """Peak memory of every candidate, each in a fresh process."""
+    start(progress, "memory", len(kinds(settings)))
     memory = result["memory"] = {}
     for kind in kinds(settings):
         memory[kind] = measure_in_fresh_process(kind, settings)
-        follow.step()
+        progress.step()
     for kind in memory:
         for what in ("peak", "saved"):
             base = memory[_BASE][what]
             memory[kind][f"{what}_ratio"] = memory[kind][what] / base if base else None
 
 
-def _warm_up(contestants: Mapping[str, Training], settings: StepSettings, follow: Follower) -> None:
+def _warm_up(candidates: Mapping[str, Training], settings: StepSettings, progress: Progress) -> None:
     """First steps, and what a compiler does; both kinds of steps for those that have two."""
-    follow.start("warm-up", len(contestants) * (1 + 2 * settings.warmup))
-    for training in contestants.values():
+    start(progress, "warm-up", len(candidates) * (1 + 2 * settings.warmup))
+    for training in candidates.values():
         training.step()
-        follow.step()
+        progress.step()
         for refresh in (True, False) * settings.warmup:
             training.make_next_step(refresh=refresh)
             training.step()
-            follow.step()
+            progress.step()
 
 
 def _training(
-    contestants: Mapping[str, Training], settings: StepSettings, device: torch.device, follow: Follower
+    candidates: Mapping[str, Training], settings: StepSettings, device: torch.device, progress: Progress
 ) -> dict[str, Any]:
-    period = max(training.period for training in contestants.values())
+    period = max(training.period for training in candidates.values())
     plan = steady_plan(settings.rounds, period)
     on_gpu = device.type == "cuda"
-    for training in contestants.values():
+    for training in candidates.values():
         training.start_at(-(period // 2))  # the refresh in the middle of each period, as planned
     turn = period if on_gpu else 1
-    follow.start("training steps", len(contestants) * len(plan) // turn)
-    before = {kind: training.refreshes() for kind, training in contestants.items()}
-    found = race(
-        [Contestant(kind, training.step, training.period) for kind, training in contestants.items()],
+    start(progress, "training steps", len(candidates) * len(plan) // turn)
+    before = {kind: training.refreshes() for kind, training in candidates.items()}
+    found = interleaved_times(
+        [Candidate(kind, training.step, training.period) for kind, training in candidates.items()],
         plan,
         device=device,
         turn=turn,
         seed=settings.seed,
-        tick=follow.step,
+        tick=progress.step,
     )
-    done = {kind: training.refreshes() - before[kind] for kind, training in contestants.items()}
+    done = {kind: training.refreshes() - before[kind] for kind, training in candidates.items()}
     return {**_times(found), "refreshes": done, "plan": list(plan)}
 
 
 def _evaluation(
-    contestants: Mapping[str, Training], settings: StepSettings, device: torch.device, follow: Follower
+    candidates: Mapping[str, Training], settings: StepSettings, device: torch.device, progress: Progress
 ) -> dict[str, Any]:
-    follow.start("evaluation", len(contestants) * (settings.eval_rounds + settings.warmup))
-    for training in contestants.values():
+    start(progress, "evaluation", len(candidates) * (settings.eval_rounds + settings.warmup))
+    for training in candidates.values():
         training.model.eval()
         for _ in range(settings.warmup):
             training.evaluate()
-            follow.step()
-    found = race(
-        [Contestant(kind, training.evaluate) for kind, training in contestants.items()],
+            progress.step()
+    found = interleaved_times(
+        [Candidate(kind, training.evaluate) for kind, training in candidates.items()],
         (False,) * settings.eval_rounds,
         device=device,
         seed=settings.seed,
-        tick=follow.step,
+        tick=progress.step,
     )
     return _times(found)
 
 
-def _times(found: Race) -> dict[str, Any]:
+def _times(found: Timings) -> dict[str, Any]:
     pairs = [(kind, _BASE) for kind in found.times if kind != _BASE]
     pairs += [("nd-paper", "nd")] if "nd-paper" in found.times else []
     return {
-        "contestants": {kind: found.summary(kind) for kind in found.times},
+        "candidates": {kind: found.summary(kind) for kind in found.times},
         "ratios": {f"{a}/{b}": found.ratio(a, b) for a, b in pairs},
         "seconds": {kind: list(seconds) for kind, seconds in found.times.items()},
     }
@@ -126,7 +127,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, Table]:
     if "training" in result:
         part = result["training"]
         rows = []
-        for kind, times in part["contestants"].items():
+        for kind, times in part["candidates"].items():
             split = [_ms(times[key]["median"]) if key in times else "" for key in ("ordinary", "refresh")]
             rows.append((Method.named(kind).label, _ms(times["step"]), *split, *_against(part, kind)))
         broken = [Method.named(kind).label for kind, finite in result.get("losses_finite", {}).items() if not finite]
@@ -140,7 +141,7 @@ def tables(result: Mapping[str, Any]) -> dict[str, Table]:
         part = result["evaluation"]
         rows = [
             (Method.named(kind).label, _ms(times["step"]), *_against(part, kind))
-            for kind, times in part["contestants"].items()
+            for kind, times in part["candidates"].items()
         ]
         found["Evaluation, ms"] = Table(("", "per batch", "/ BatchNorm", "95 % interval"), rows)
     return {**found, **memory_tables(result)}

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from netdeconv import WhiteningConfig
-from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation, Workspace
-from netdeconv.lab.experiments.trials import CODE, Trial, accuracies, accuracy_cell, run_trials
+from netdeconv.lab.experiments.comparison import accuracy_cell, finals, grouped, loss_cell
+from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation
 from netdeconv.lab.norms import NORMS
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.report import Table
+from netdeconv.lab.train import CODE, Training, run_trainings
+from netdeconv.lab.workspace import Workspace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,7 +69,7 @@ class AblationSettings:
 
 def run(settings: AblationSettings, workspace: Workspace) -> Mapping[str, Any]:
     """Train what is not finished yet."""
-    base = Trial(
+    base = Training(
         dataset=settings.dataset,
         network=settings.network,
         width=settings.width,
@@ -84,8 +86,7 @@ def run(settings: AblationSettings, workspace: Workspace) -> Mapping[str, Any]:
         for name in settings.vary:
             for value in _VARIATIONS[name][: settings.values]:
                 plan.append(dataclasses.replace(base, whitening=((name, value),), seed=seed))
-    workspace.progress.expect(len(plan))
-    return {"defaults": _defaults(), "runs": run_trials(plan, workspace)}
+    return run_trainings(plan, workspace, defaults=_defaults())
 
 
 def _defaults() -> dict[str, Any]:
@@ -106,24 +107,22 @@ def _label(run: Mapping[str, Any]) -> tuple[str, Any]:
 
 def present(result: Mapping[str, Any]) -> Presentation:
     """What came out."""
-    groups: dict[tuple[str, Any], list[Mapping[str, Any]]] = {}
-    for run in result["runs"]:
-        groups.setdefault(_label(run), []).append(run)
-    default = groups["default", ""]
-    middle, noise = _mean_and_noise(default)
+    groups = grouped(result["runs"], _label)
+    default = finals(groups["default", ""])
+    middle, noise = statistics.fmean(default), statistics.stdev(default) if len(default) > 1 else None
     rows = []
     for (name, value), runs in groups.items():
         shown = f"{value:g}" if isinstance(value, float) else str(value)
         was = f" (default {_default(result, name)})" if name in _VARIATIONS else ""
-        gap = "" if name == "default" else f"{statistics.fmean(accuracies(runs)) - middle:+.1f}"
+        gap = "" if name == "default" else f"{statistics.fmean(finals(runs)) - middle:+.1f}"
         seconds = statistics.median(run["seconds_per_step"] for run in runs)
         label = f"{_NAMES.get(name, name)} {shown}{was}".strip()
-        rows.append([label, str(len(runs)), _loss(runs), accuracy_cell(runs), gap, f"{1000 * seconds:.0f}"])
+        rows.append([label, str(len(runs)), loss_cell(runs), accuracy_cell(runs), gap, f"{1000 * seconds:.0f}"])
     first = result["runs"][0]
     note = (
         f"{first['network']} at width {first['width']:g} on {first['dataset']}, {first['steps']} steps of batch "
         f"{first['batch_size']}, rate {first['rate']:g} on a cosine to 0, weight decay {first['weight_decay']:g}; "
-        "loss: training loss, mean over the last epoch's steps; test accuracy with the remembered statistics. The "
+        "loss: training loss, mean over the last epoch's steps; test accuracy with the running statistics. The "
         "default's seeds "
         f"{'have a standard deviation of ' + format(noise, '.1f') + ' points' if noise is not None else 'are one'}: a "
         "difference below twice that means little for a single seed. Time: median over the steps, so without most "
@@ -136,45 +135,15 @@ def present(result: Mapping[str, Any]) -> Presentation:
         "Test accuracy of every setting; the grey band is the default with twice its seeds' standard deviation.",
         lambda figure: _draw(figure, groups, middle, noise),
     )
-    return Presentation(_verdict(groups, middle, noise), [table], [picture])
+    return Presentation([table], [picture])
 
 
 def _default(result: Mapping[str, Any], name: str) -> Any:
-    """Of the library that the result is of; of today's while it is not complete."""
+    """Of the library that the result is of."""
     value = result.get("defaults", _defaults())[name]
     if value is None:
         return "32, in wide layers 16"
     return f"{value:g}" if isinstance(value, float) else value
-
-
-def _mean_and_noise(runs: list[Mapping[str, Any]]) -> tuple[float, float | None]:
-    values = accuracies(runs)
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-def _loss(runs: list[Mapping[str, Any]]) -> str:
-    losses = [run["curves"]["train/loss"][-1] for run in runs]
-    return "diverged" if None in losses else f"{statistics.fmean(losses):.3f}"
-
-
-def _verdict(groups: Mapping[tuple[str, Any], list[Mapping[str, Any]]], middle: float, noise: float | None) -> str:
-    gaps = {key: statistics.fmean(accuracies(runs)) - middle for key, runs in groups.items()}
-    bn = [gap for (name, _), gap in gaps.items() if name.startswith("BatchNorm")]
-    parts = []
-    if bn:
-        parts.append(
-            f"The default is {-max(bn):.1f} points above the better of {len(bn)} rates of batch normalisation."
-            if max(bn) < 0
-            else f"Batch normalisation at the better of {len(bn)} rates is {max(bn):.1f} points above the default."
-        )
-    varied = {key: gap for key, gap in gaps.items() if key[0] in _VARIATIONS}
-    if varied and noise is not None:
-        far = [f"{_NAMES[name]} {value} ({gap:+.1f})" for (name, value), gap in varied.items() if abs(gap) > 2 * noise]
-        parts.append(
-            f"Of {len(varied)} changes {len(far)} move the accuracy by more than twice the seeds' deviation of "
-            f"{noise:.1f} points{': ' + ', '.join(far) if far else ''}."
-        )
-    return " ".join(parts) or "Only the default was run."
 
 
 def _draw(
@@ -186,7 +155,7 @@ def _draw(
     axes = figure.subplots()
     labels = [f"{_NAMES.get(name, name)} {value}".strip() for name, value in groups]
     places = range(len(groups), 0, -1)
-    means = [statistics.fmean(accuracies(runs)) for runs in groups.values()]
+    means = [statistics.fmean(finals(runs)) for runs in groups.values()]
     colours = [NORMS["bn" if name.startswith("BatchNorm") else "nd"].style["color"] for name, _ in groups]
     axes.axvspan(middle - 2 * (noise or 0), middle + 2 * (noise or 0), color="0.88")
     axes.axvline(middle, color="0.5", linewidth=0.9)

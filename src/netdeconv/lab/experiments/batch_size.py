@@ -4,24 +4,25 @@ sizes, each at its best rate."""
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from netdeconv import ConfigError
-from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation, Workspace
-from netdeconv.lab.experiments.trials import (
-    CODE,
-    Trial,
-    accuracies,
+from netdeconv.lab.experiments.comparison import (
     accuracy_cell,
+    best,
     best_rate,
-    by_rate,
-    run_trials,
+    finals,
+    grouped,
+    line,
+    rates_cell,
 )
+from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation
 from netdeconv.lab.norms import NORMS
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.report import Table
+from netdeconv.lab.train import CODE, Training, run_trainings
+from netdeconv.lab.workspace import Workspace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +56,7 @@ class BatchSizeSettings:
 def run(settings: BatchSizeSettings, workspace: Workspace) -> Mapping[str, Any]:
     """Train what is not finished yet."""
     plan = [
-        Trial(
+        Training(
             dataset=settings.dataset,
             network=settings.network,
             width=settings.width,
@@ -70,8 +71,7 @@ def run(settings: BatchSizeSettings, workspace: Workspace) -> Mapping[str, Any]:
         for rate in settings.rates
         for norm in settings.norms
     ]
-    workspace.progress.expect(len(plan))
-    return {"runs": run_trials(plan, workspace)}
+    return run_trainings(plan, workspace)
 
 
 Cases = Mapping[tuple[int, str], list[Mapping[str, Any]]]
@@ -79,45 +79,24 @@ Cases = Mapping[tuple[int, str], list[Mapping[str, Any]]]
 
 def present(result: Mapping[str, Any]) -> Presentation:
     """What came out."""
-    cases: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
-    for run in sorted(result["runs"], key=lambda run: run["batch_size"]):
-        cases.setdefault((run["batch_size"], run["norm"]), []).append(run)
+    runs = sorted(result["runs"], key=lambda run: run["batch_size"])
+    cases = grouped(runs, lambda run: (run["batch_size"], run["norm"]))
     rows = []
-    for (size, norm), runs in cases.items():
-        tried = ", ".join(f"{accuracy_cell(same)} ({rate:g})" for rate, same in sorted(by_rate(runs).items()))
-        best = by_rate(runs)[best_rate(runs)]
-        label, steps = f"{size}, {NORMS[norm].label}", str(best[0]["steps"])
-        rows.append([label, steps, f"{best_rate(runs):g}", accuracy_cell(best), tried])
+    for (size, norm), same in cases.items():
+        label, steps = f"{size}, {NORMS[norm].label}", str(same[0]["steps"])
+        rows.append([label, steps, f"{best_rate(same):g}", accuracy_cell(best(same)), rates_cell(same)])
     first = result["runs"][0]
     note = (
         f"{first['network']} at width {first['width']:g} on {first['dataset']}: the same number of images for every "
         f"batch size, one pass, rates on a cosine to 0, weight decay {first['weight_decay']:g}, "
-        f"{len({run['seed'] for run in result['runs']})} seed(s); test accuracy with the remembered statistics. Best "
+        f"{len({run['seed'] for run in result['runs']})} seed(s); test accuracy with the running statistics. Best "
         "rate: best on the test images, for all alike."
     )
     columns = ["batch size, norm", "steps", "best rate", "test accuracy", "all rates"]
     table = Table(columns, rows, title="Test accuracy by batch size", note=note)
     caption = "Test accuracy by batch size, each norm at its best rate."
     picture = Picture("batch-size", caption, lambda figure: _draw(figure, cases))
-    return Presentation(_verdict(cases), [table], [picture])
-
-
-def _best(cases: Cases, size: int, norm: str) -> float:
-    runs = cases[size, norm]
-    return statistics.fmean(accuracies(by_rate(runs)[best_rate(runs)]))
-
-
-def _verdict(cases: Cases) -> str:
-    sizes = [size for size, norm in cases if norm == "nd" and (size, "bn") in cases]
-    if not sizes:
-        return "Nothing to compare yet."
-    gaps = {size: _best(cases, size, "nd") - _best(cases, size, "bn") for size in sizes}
-    told = ", ".join(f"{gap:+.1f} at {size}" for size, gap in gaps.items())
-    ahead = sum(gap > 0 for gap in gaps.values())
-    return (
-        f"Network deconvolution is ahead of batch normalisation, both at their best rates, at {ahead} of {len(sizes)} "
-        f"batch sizes (points: {told})."
-    )
+    return Presentation([table], [picture])
 
 
 def _draw(figure: Figure, cases: Cases) -> None:
@@ -125,9 +104,8 @@ def _draw(figure: Figure, cases: Cases) -> None:
 
     axes = figure.subplots()
     for norm in dict.fromkeys(norm for _, norm in cases):
-        sizes = [size for size, one in cases if one == norm]
-        found = [_best(cases, size, norm) for size in sizes]
-        axes.plot(sizes, found, label=NORMS[norm].label, **NORMS[norm].style)
+        values = {size: finals(best(runs)) for (size, one), runs in cases.items() if one == norm}
+        line(axes, values, NORMS[norm].label, NORMS[norm].style)
     axes.set(xlabel="batch size", ylabel="test accuracy, %")
     axes.set_xscale("log", base=2)
     axes.legend(fontsize=8, frameon=False)
@@ -136,7 +114,7 @@ def _draw(figure: Figure, cases: Cases) -> None:
 
 EXPERIMENT = Experiment(
     name="batch-size",
-    claim="Network deconvolution bears small and large batches as well as batch normalisation does.",
+    claim="Network deconvolution works with small and large batches as well as batch normalisation does.",
     source="not in the paper's tables",
     sizes={
         "smoke": BatchSizeSettings(dataset="digits", width=0.0625, batch_sizes=(16, 64), images=192, rates=(0.03,)),

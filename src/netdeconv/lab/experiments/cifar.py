@@ -10,12 +10,13 @@ from typing import Any
 
 from netdeconv import ConfigError
 from netdeconv.lab.experiments.cifar_report import PAPER_RATE, present
-from netdeconv.lab.experiments.experiment import Experiment, Workspace
-from netdeconv.lab.experiments.trials import CODE, Trial, run_trials
+from netdeconv.lab.experiments.experiment import Experiment
 from netdeconv.lab.networks import network_names
 from netdeconv.lab.norms import NORMS
 from netdeconv.lab.optimizers import OPTIMIZERS
 from netdeconv.lab.options import check_fields, option
+from netdeconv.lab.train import CODE, Training, run_trainings
+from netdeconv.lab.workspace import Workspace
 
 __all__ = ["DEPTHWISE", "EXPERIMENT", "CifarSettings", "network_and_width"]
 
@@ -81,26 +82,7 @@ def _is_factor(text: str) -> bool:
         return False
 
 
-def _trial(
-    settings: CifarSettings, dataset: str, network: str, epochs: int, norm: str, rate: float, seed: int
-) -> Trial:
-    name, width = network_and_width(network)
-    return Trial(
-        dataset=dataset,
-        network=name,
-        width=width,
-        norm=norm,
-        rate=rate,
-        seed=seed,
-        epochs=epochs,
-        batch_size=settings.batch_size,
-        weight_decay=settings.weight_decay,
-        channels_last=name in DEPTHWISE,
-        optimizer=settings.optimizer if norm == "bn" else "sgd",
-    )
-
-
-def planned(settings: CifarSettings) -> Iterator[Trial]:
+def planned(settings: CifarSettings) -> Iterator[Training]:
     """All networks at one rate before any at the next, all rates before the next seed: a long run may be stopped."""
     order = itertools.product(
         sorted(settings.epochs), range(settings.seeds), range(max(len(settings.bn_rates), len(settings.rates)))
@@ -109,14 +91,25 @@ def planned(settings: CifarSettings) -> Iterator[Trial]:
         for dataset, network, norm in itertools.product(settings.datasets, settings.networks, settings.norms):
             rates = settings.bn_rates if norm == "bn" else settings.rates
             if number < len(rates):
-                yield _trial(settings, dataset, network, epochs, norm, rates[number], seed)
+                name, width = network_and_width(network)
+                yield Training(
+                    dataset=dataset,
+                    network=name,
+                    width=width,
+                    norm=norm,
+                    rate=rates[number],
+                    seed=seed,
+                    epochs=epochs,
+                    batch_size=settings.batch_size,
+                    weight_decay=settings.weight_decay,
+                    channels_last=name in DEPTHWISE,
+                    optimizer=settings.optimizer if norm == "bn" else "sgd",
+                )
 
 
 def run(settings: CifarSettings, workspace: Workspace) -> Mapping[str, Any]:
     """Train what is not finished yet."""
-    plan = list(planned(settings))
-    workspace.progress.expect(len(plan))
-    return {"runs": run_trials(plan, workspace)}
+    return run_trainings(planned(settings), workspace)
 
 
 EXPERIMENT = Experiment(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from netdeconv.lab.experiments.trials import accuracies, best_rate, by_rate
-from netdeconv.lab.norms import NORMS, Norm
+from netdeconv.lab.experiments.comparison import at_epochs, at_rates, best, line
+from netdeconv.lab.norms import NORMS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +40,8 @@ def draw(figure: Figure, *, title: str, panels: Mapping[str, Mapping[str, Runs]]
     for place, (name, norms) in enumerate(panels.items()):
         axes = grid.flat[place]
         for norm, runs in norms.items():
-            _line(axes, _by_epoch(runs) if by_epoch else _by_rate(runs), NORMS[norm])
+            values = at_epochs(best(runs), "test/accuracy") if by_epoch else at_rates(runs)
+            line(axes, values, NORMS[norm].label, NORMS[norm].style)
         axes.set_title(name, fontsize=9)
         if place + columns >= len(panels):  # nothing below it
             axes.set_xlabel("epoch" if by_epoch else "learning rate", fontsize=8)
@@ -53,27 +53,8 @@ def draw(figure: Figure, *, title: str, panels: Mapping[str, Mapping[str, Runs]]
             _ticks_at(axes, rates)
     for axes in grid.flat[len(panels) :]:
         axes.remove()
-    shown = {label: line for axes in grid.flat for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    shown = {label: drawn for axes in grid.flat for drawn, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=len(shown), fontsize=8, frameon=False)
-
-
-def _by_rate(runs: Runs) -> dict[float, list[float]]:
-    """Test accuracies of the seeds at every rate."""
-    return {rate: accuracies(same) for rate, same in sorted(by_rate(runs).items())}
-
-
-def _by_epoch(runs: Runs) -> dict[float, list[float]]:
-    """Test accuracies of the seeds after every epoch, at the best rate."""
-    curves = [run["curves"]["test/accuracy"] for run in by_rate(runs)[best_rate(runs)]]
-    return {number: [100 * (value or 0.0) for value in at] for number, at in enumerate(zip(*curves, strict=True), 1)}
-
-
-def _line(axes: Axes, values: Mapping[float, Sequence[float]], norm: Norm) -> None:
-    """Mean over seeds, and from the worst to the best of them."""
-    means = list(map(statistics.fmean, values.values()))
-    axes.plot(list(values), means, label=norm.label, markersize=4, linewidth=1.4, **norm.style)
-    lowest, highest = (list(map(end, values.values())) for end in (min, max))
-    axes.vlines(list(values), lowest, highest, color=norm.style["color"], linewidth=1)
 
 
 def _ticks_at_epochs(axes: Axes, epochs: int) -> None:

@@ -1,4 +1,4 @@
-"""Tables, pictures and verdict of the trainings on CIFAR, for each data set and number of epochs."""
+"""Tables and pictures of the trainings on CIFAR, for each data set and number of epochs."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from netdeconv.lab import published
 from netdeconv.lab.experiments.cifar_picture import draw
+from netdeconv.lab.experiments.comparison import accuracy_cell, best_rate, by_rate, finals, grouped, loss_cell
 from netdeconv.lab.experiments.experiment import Picture, Presentation
-from netdeconv.lab.experiments.trials import accuracies, accuracy_cell, best_rate, by_rate
 from netdeconv.lab.norms import NORMS
 from netdeconv.lab.optimizers import OPTIMIZERS
 from netdeconv.lab.report import Table
@@ -42,7 +42,7 @@ class Case(NamedTuple):
     def accuracy(self, norm: str, rate: float | None) -> float | None:
         """Mean over seeds; ``None`` where it was not trained at this rate."""
         same = by_rate(self.runs.get(norm, [])).get(rate) if rate is not None else None
-        return statistics.fmean(accuracies(same)) if same else None
+        return statistics.fmean(finals(same)) if same else None
 
     def best(self, norm: str) -> float | None:
         """The best of the rates tried."""
@@ -59,11 +59,10 @@ class Group:
 
     def __init__(self, dataset: str, epochs: int, runs: Runs) -> None:
         self.dataset, self.epochs, self.runs = dataset, epochs, runs
-        cases: dict[tuple[str, float], Case] = {}
-        for run in runs:
-            place = run["network"], run["width"]
-            cases.setdefault(place, Case(*place, {})).runs.setdefault(run["norm"], []).append(run)
-        self.cases = list(cases.values())
+        cases = grouped(runs, lambda run: (run["network"], run["width"]))
+        self.cases = [
+            Case(network, width, grouped(same, lambda run: run["norm"])) for (network, width), same in cases.items()
+        ]
         self.norms = list(dict.fromkeys(run["norm"] for run in runs))
         self.others = [norm for norm in self.norms if norm != "bn"]
 
@@ -89,20 +88,13 @@ class Group:
         mine, theirs = case.accuracy(norm, self.one_rate(norm)), case.accuracy("bn", case.best("bn"))
         return None if mine is None or theirs is None else mine - theirs
 
-    def searched(self, case: Case) -> bool:
-        """Whether batch normalisation had all its rates, and more than one."""
-        return len(by_rate(case.runs.get("bn", []))) == len(self.rates("bn")) > 1
-
-
 def present(result: Mapping[str, Any]) -> Presentation:
     """What came out, also of a run that has not ended."""
-    runs: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
-    for run in result["runs"]:
-        runs.setdefault((run["dataset"], run["epochs"]), []).append(run)
-    groups = [Group(*place, same) for place, same in runs.items()]
+    runs = grouped(result["runs"], lambda run: (run["dataset"], run["epochs"]))
+    groups = [Group(dataset, epochs, same) for (dataset, epochs), same in runs.items()]
     tables = [*map(_accuracy_table, groups), *map(_rates_table, groups)]
     pictures = [picture for group in groups for picture in _pictures(group, len(groups))]
-    return Presentation(" ".join(map(_verdict, groups)), tables, pictures)
+    return Presentation(tables, pictures)
 
 
 def _accuracy_table(group: Group) -> Table:
@@ -171,45 +163,15 @@ def _rates_table(group: Group) -> Table:
     rows = []
     for case in group.cases:
         for norm, runs in case.runs.items():
-            for rate, same in sorted(by_rate(runs).items(), reverse=True):
-                loss = [run["curves"]["train/loss"][-1] for run in same]
-                shown = "diverged" if None in loss else f"{statistics.fmean(loss):.3f}"
+            for rate, same in reversed(by_rate(runs).items()):
                 seconds = statistics.median(run["seconds_per_step"] for run in same)
                 cells = [NORMS[norm].label, f"{rate:g}", ", ".join(str(run["seed"]) for run in same)]
-                rows.append([case.label, *cells, accuracy_cell(same), shown, f"{seconds:.3f}"])
+                rows.append([case.label, *cells, accuracy_cell(same), loss_cell(same), f"{seconds:.3f}"])
     columns = ["network", "norm", "rate", "seeds", "test accuracy", "training loss", "s per step"]
     note = (
         "Training loss: mean over the last epoch. Seconds: median over the steps, on a machine that did other work too."
     )
     return Table(columns, rows, title=f"{group.title}: every rate", note=note)
-
-
-def _verdict(group: Group) -> str:
-    if "nd" not in group.norms or "bn" not in group.norms:
-        return f"{group.title}: nothing to compare yet."
-    rate = group.one_rate("nd")
-    pairs = [(case.accuracy("nd", rate), case.accuracy("bn", PAPER_RATE)) for case in group.cases]
-    at_papers = [mine - theirs for mine, theirs in pairs if mine is not None and theirs is not None]
-    at_best = [lead for case in group.cases if group.searched(case) and (lead := group.lead(case, "nd")) is not None]
-    count = len(group.rates("bn"))
-    return (
-        f"{group.title}, network deconvolution at rate {rate:g} for all networks. "
-        + _sentence(f"at its own best rate, of {count} tried,", at_best)
-        + " "
-        + _sentence("at the paper's rate", at_papers)
-    )
-
-
-def _sentence(which: str, gaps: Sequence[float]) -> str:
-    if not gaps:
-        return f"Batch normalisation {which} was not run or not searched for yet."
-    ahead = sum(gap > 0 for gap in gaps)
-    reach = f"{min(gaps):+.1f} to {max(gaps):+.1f}, mean " if len(gaps) > 1 else ""
-    word = "holds" if ahead == len(gaps) else "does not hold" if ahead == 0 else "holds in part"
-    return (
-        f"Against batch normalisation {which} the claim {word}: network deconvolution is ahead in {ahead} of "
-        f"{len(gaps)} comparisons ({reach}{statistics.fmean(gaps):+.1f} points)."
-    )
 
 
 def _pictures(group: Group, groups: int) -> list[Picture]:

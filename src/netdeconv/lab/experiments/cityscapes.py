@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from netdeconv.lab.data.generated import write_cityscapes
-from netdeconv.lab.experiments import fitted
-from netdeconv.lab.experiments.experiment import SIZES, Experiment, Presentation, Workspace
-from netdeconv.lab.experiments.fitted_report import Measure, present_fits
+from netdeconv.lab.experiments.by_recipe import GENERATED, Measure, compared, folder_of, present_compared
+from netdeconv.lab.experiments.experiment import Experiment, Presentation
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.published import CITYSCAPES_NOTE
+from netdeconv.lab.train import RECIPE_CODE
+from netdeconv.lab.workspace import Workspace
 
 __all__ = ["EXPERIMENT", "CityscapesSettings"]
 
@@ -42,21 +42,16 @@ class CityscapesSettings:
 
 
 def run(settings: CityscapesSettings, workspace: Workspace) -> dict[str, Any]:
-    """Train, by the command fit."""
-
-    def arguments(data: Path, norm: str) -> list[str]:
-        return [
-            *("--config", settings.recipe, "--network", settings.network, "--data.root", str(data)),
-            *("--data.batch_size", str(settings.batch_size), "--data.num_workers", str(settings.workers)),
-            *("--data.image_size", str(settings.image_size), "--data.base_size", str(settings.base_size)),
-            *("--trainer.max_epochs", str(settings.epochs)),
-            *("--trainer.check_val_every_n_epoch", str(settings.evaluate_every)),
-            *(("--whitening.update_every", str(settings.nd_update_every)) if norm == "nd" else ()),
-        ]
-
-    with fitted.folder_of(settings.data, write_cityscapes) as data:
+    """Train, by the recipe."""
+    options = [
+        *("--data.num_workers", str(settings.workers), "--data.image_size", str(settings.image_size)),
+        *("--data.base_size", str(settings.base_size)),
+        *("--trainer.check_val_every_n_epoch", str(settings.evaluate_every)),
+    ]
+    with folder_of(settings.data, write_cityscapes) as data:
         counts = {part: len(list((data / "leftImg8bit" / part).glob("*/*.png"))) for part in ("train", "val")}
-        return fitted.compared(workspace, settings, data, arguments, images=counts)
+        whitening = (("update_every", settings.nd_update_every),)
+        return compared(workspace, settings, data, options, whitening, images=counts)
 
 
 def present(result: Mapping[str, Any]) -> Presentation:
@@ -70,7 +65,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
         "epochs. mIoU: mean over those of the 19 classes that occur or are predicted, void ignored. "
         f"{CITYSCAPES_NOTE}"
     )
-    return present_fits(result, _MEASURE, note=note, name="cityscapes")
+    return present_compared(result, _MEASURE, note=note, name="cityscapes")
 
 
 def _nth(count: int) -> str:
@@ -81,24 +76,18 @@ EXPERIMENT = Experiment(
     name="cityscapes",
     claim="Network deconvolution segments streets better than batch normalisation does.",
     source="table 3",
-    sizes=dict(
-        zip(
-            SIZES,
-            (
-                CityscapesSettings(
-                    data=fitted.GENERATED, bn_rates=(0.02,), nd_rates=(0.1,), epochs=1, evaluate_every=1, batch_size=4,
-                    image_size=32, base_size=32,
-                ),
-                CityscapesSettings(),
-                CityscapesSettings(
-                    data=".", network="torchvision:fcn_resnet50", nd_rates=(0.1,), epochs=30, evaluate_every=1,
-                    image_size=480, base_size=520, workers=8,
-                ),
-            ),
-            strict=True,
-        )
-    ),
+    sizes={
+        "smoke": CityscapesSettings(
+            data=GENERATED, bn_rates=(0.02,), nd_rates=(0.1,), epochs=1, evaluate_every=1, batch_size=4,
+            image_size=32, base_size=32,
+        ),
+        "small": CityscapesSettings(),
+        "paper": CityscapesSettings(
+            data=".", network="torchvision:fcn_resnet50", nd_rates=(0.1,), epochs=30, evaluate_every=1,
+            image_size=480, base_size=520, workers=8,
+        ),
+    },
     run=run,
     present=present,
-    code=fitted.CODE,
+    code=("lab/experiments/cityscapes.py", "lab/experiments/by_recipe.py", *RECIPE_CODE),
 )  # fmt: skip

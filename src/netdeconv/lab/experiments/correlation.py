@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from netdeconv.inspect import LayerView, Responses, inspect_layers
+from netdeconv.lab.experiments.comparison import METHODS
 from netdeconv.lab.experiments.correlation_report import present
-from netdeconv.lab.experiments.experiment import SIZES, Experiment, Workspace
-from netdeconv.lab.experiments.trained import CODE, NORMS, TrainedSettings, test_images, trained
+from netdeconv.lab.experiments.experiment import Experiment
+from netdeconv.lab.experiments.trained import CODE, TrainedSettings, trained
+from netdeconv.lab.workspace import Workspace
 
 __all__ = ["EXPERIMENT"]
 
@@ -19,14 +21,14 @@ _DRAWN = 72  # features of a correlation matrix that are kept to be drawn, 8 cha
 
 def run(settings: TrainedSettings, workspace: Workspace) -> dict[str, Any]:
     """Train both networks, look into them."""
-    workspace.progress.expect(len(NORMS))
+    workspace.progress.expect(2 * len(METHODS))
     result: dict[str, Any] = {"settings": dataclasses.asdict(settings), "networks": {}}
-    for norm in NORMS:
+    for norm in METHODS:
         found = trained(workspace, settings, norm)
         part = workspace.part(
             norm,
             {**dataclasses.asdict(settings), "norm": norm},
-            lambda found=found: {"layers": _layers(inspect_layers(found.net, test_images(settings)))},  # type: ignore[misc]
+            lambda found=found: {"layers": _layers(inspect_layers(*found.look()))},  # type: ignore[misc]
         )
         result["networks"][norm] = {**part, "accuracy": found.accuracy}
     return result
@@ -67,17 +69,11 @@ EXPERIMENT = Experiment(
     name="correlation",
     claim="Whitening removes the pixel-wise and the channel-wise correlation of what every layer sees.",
     source="abstract and section 3",
-    sizes=dict(
-        zip(
-            SIZES,
-            (
-                TrainedSettings(dataset="digits", network="small", width=1.0, images=128),
-                TrainedSettings(),
-                TrainedSettings(network="vgg16", width=1.0, epochs=20),
-            ),
-            strict=True,
-        )
-    ),
+    sizes={
+        "smoke": TrainedSettings(dataset="digits", network="small", width=1.0, images=128),
+        "small": TrainedSettings(),
+        "paper": TrainedSettings(network="vgg16", width=1.0, epochs=20),
+    },
     run=run,
     present=present,
     code=("inspect", *CODE, "lab/experiments/correlation.py"),

@@ -12,12 +12,13 @@ from torch import nn
 from netdeconv import WhiteningConfig
 from netdeconv.lab import published
 from netdeconv.lab.benchmark.scaling import LayerStep
-from netdeconv.lab.benchmark.timing import Contestant, race
+from netdeconv.lab.benchmark.timing import Candidate, interleaved_times
 from netdeconv.lab.experiments.cost_flops import Convolution, convolutions, whitening_flops
-from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation, Workspace
+from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation
 from netdeconv.lab.networks import network
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.report import Table
+from netdeconv.lab.workspace import Workspace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +38,7 @@ class CostSettings:
     width: float = option(1.0, "factor on its channels")
     batch_size: int = option(128, "images in a batch")
     image_size: int = option(32, "height and width of the images")
-    rounds: int = option(4, "steps of each contestant with a refresh, and twice as many without")
+    rounds: int = option(4, "steps of each candidate with a refresh, and twice as many without")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -64,8 +65,8 @@ def _measure(one: Convolution, settings: CostSettings, workspace: Workspace) -> 
         for refresh in (True, False):
             step.prepare(refresh)
             step()
-    found = race(
-        [Contestant(name, steps[name], steps[name].period, steps[name].prepare) for name in _TIMED],
+    found = interleaved_times(
+        [Candidate(name, steps[name], steps[name].period, steps[name].prepare) for name in _TIMED],
         plan,
         device=x.device,
         tick=workspace.progress.step,
@@ -159,7 +160,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
         "Operations that whitening adds, and time, for each layer as shares of the plain convolution's.",
         lambda figure: _draw(figure, layers),
     )
-    return Presentation(_verdict(layers), [cost, others], [picture])
+    return Presentation([cost, others], [picture])
 
 
 def _ms(seconds: float) -> str:
@@ -169,23 +170,6 @@ def _ms(seconds: float) -> str:
 def _range(ratio: tuple[float, float]) -> str:
     low, high = ratio
     return f"{low:g}x" if low == high else f"{low:g}x to {high:g}x"
-
-
-def _verdict(layers: list[Mapping[str, Any]]) -> str:
-    words = []
-    for method, name in _METHODS.items():
-        time = _time(layers, method) - 1
-        fraction = max(_total(layers, method), time) < 1
-        words.append(
-            f"The {name} procedure adds {100 * _total(layers, method):.0f} % of the convolutions' operations and "
-            f"{100 * time:.0f} % of their time, which is {'' if fraction else 'not '}a fraction."
-        )
-    most = max(layers, key=lambda layer: _added(layer, "paper"))
-    words.append(
-        f"The dearest layer of the published procedure is {most['name']}: {_added(most, 'paper'):.1f} times the "
-        f"convolution's operations, {_added(most, 'default'):.2f} times with the default."
-    )
-    return " ".join(words)
 
 
 def _draw(figure: Figure, layers: list[Mapping[str, Any]]) -> None:

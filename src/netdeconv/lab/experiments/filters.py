@@ -11,9 +11,10 @@ from torch import Tensor
 from netdeconv.inspect import centre_filters, patch_covariance, root_filters
 from netdeconv.lab.data import create_data, photographs
 from netdeconv.lab.difference_of_gaussians import fit_difference_of_gaussians
-from netdeconv.lab.experiments.experiment import SIZES, Experiment, Workspace
+from netdeconv.lab.experiments.experiment import Experiment
 from netdeconv.lab.experiments.filters_report import ROOTS, present
 from netdeconv.lab.options import check_fields, option
+from netdeconv.lab.workspace import Workspace
 
 __all__ = ["EXPERIMENT", "FiltersSettings"]
 
@@ -96,17 +97,11 @@ EXPERIMENT = Experiment(
     name="filters",
     claim="The filters that whiten natural images have a centre and an opposite surround, as cells of the retina have.",
     source="abstract and figure 1",
-    sizes=dict(
-        zip(
-            SIZES,
-            (
-                FiltersSettings(images=("photographs",), sizes=(3, 5), stride=6),
-                FiltersSettings(),
-                FiltersSettings(sizes=(3, 5, 7, 9, 11), count=50000, stride=1),
-            ),
-            strict=True,
-        )
-    ),
+    sizes={
+        "smoke": FiltersSettings(images=("photographs",), sizes=(3, 5), stride=6),
+        "small": FiltersSettings(),
+        "paper": FiltersSettings(sizes=(3, 5, 7, 9, 11), count=50000, stride=1),
+    },
     run=run,
     present=present,
     devices=("cpu",),

@@ -1,4 +1,4 @@
-"""Table, pictures and verdict of the experiment on whitening filters."""
+"""Table and pictures of the experiment on whitening filters."""
 
 from __future__ import annotations
 
@@ -20,9 +20,6 @@ ROOTS = {
     "zca": "raw ZCA, eps 0",
 }
 _SOURCES = {"photographs": "photographs", "cifar10": "CIFAR-10"}
-_DESCRIBED = 0.9  # R² from which on a filter counts as centre-surround
-
-
 def present(result: Mapping[str, Any]) -> Presentation:
     """What came out."""
     entries = result["filters"]
@@ -40,32 +37,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
                     lambda figure, shown=shown: _draw(figure, shown),  # type: ignore[misc]
                 )
             )
-    return Presentation(_verdict(entries), [_table(result)], figures)
-
-
-def _verdict(entries: Sequence[Mapping[str, Any]]) -> str:
-    wide = [one for one in entries if one["size"] > 3] or list(entries)
-    exact = [one for one in wide if one["root"] == "exact"]
-    holding = [one for one in exact if one["fit"]["r2"] >= _DESCRIBED and one["negative_share"] > 0.5]
-    low = min(one["fit"]["r2"] for one in exact)
-    alone = max(one["fit"]["r2_centre_only"] for one in exact)
-    around = [one["fit"]["r2_around"] for one in exact]
-    steps = [one["negative_share"] for one in wide if one["root"] == "steps5" and one["colours"] == "colour"]
-    steps_grey = [one["negative_share"] for one in wide if one["root"] == "steps5" and one["colours"] == "grey"]
-    return (
-        f"{'The claim holds' if len(holding) == len(exact) else 'The claim holds in part'} for the converged root: a "
-        f"difference of Gaussians describes {len(holding)} of {len(exact)} filters wider than 3 pixels with an R² of "
-        f"at least {_DESCRIBED:g} (the lowest {low:.3f}; of the pixels around the middle one {min(around):.2f} to "
-        f"{max(around):.2f}; without a surround at most {alone:.2f}), and the weights around take back more than half "
-        f"of the middle one. The root of 5 steps, which the layers use, is little more than its middle pixel on colour "
-        f"images: the rest takes back {_range(steps)} of it, in grey {_range(steps_grey)}, spread widely over the "
-        "patch rather than as a ring."
-    )
-
-
-def _range(shares: Sequence[float]) -> str:
-    low, high = 100 * min(shares), 100 * max(shares)
-    return f"{low:.0f} %" if round(low) == round(high) else f"{low:.0f} to {high:.0f} %"
+    return Presentation([_table(result)], figures)
 
 
 def _table(result: Mapping[str, Any]) -> Table:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from netdeconv.lab.data.generated import write_image_folder
-from netdeconv.lab.experiments import fitted
-from netdeconv.lab.experiments.experiment import SIZES, Experiment, Presentation, Workspace
-from netdeconv.lab.experiments.fitted_report import Measure, present_fits
+from netdeconv.lab.experiments.by_recipe import GENERATED, Measure, compared, folder_of, present_compared
+from netdeconv.lab.experiments.experiment import Experiment, Presentation
+from netdeconv.lab.norms import NORMS
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.published import IMAGENET, PAPER, STUDY
 from netdeconv.lab.report import Table
+from netdeconv.lab.train import RECIPE_CODE
+from netdeconv.lab.workspace import Workspace
 
 __all__ = ["EXPERIMENT", "ImageNetSettings"]
 
@@ -41,21 +42,12 @@ class ImageNetSettings:
 
 
 def run(settings: ImageNetSettings, workspace: Workspace) -> dict[str, Any]:
-    """Train, by the command fit."""
-
-    def arguments(data: Path, norm: str) -> list[str]:
-        del norm
-        return [
-            *("--config", settings.recipe, "--network", settings.network),
-            *("--data.root", str(data), "--data.batch_size", str(settings.batch_size)),
-            *("--data.image_size", str(settings.image_size), "--data.num_workers", str(settings.workers)),
-            *("--trainer.max_epochs", str(settings.epochs)),
-        ]
-
+    """Train, by the recipe."""
+    options = ("--data.image_size", str(settings.image_size), "--data.num_workers", str(settings.workers))
     generate = functools.partial(write_image_folder, each=4, size=48)
-    with fitted.folder_of(settings.data, generate) as data:
+    with folder_of(settings.data, generate) as data:
         classes = len([folder for folder in (data / "train").iterdir() if folder.is_dir()])
-        return fitted.compared(workspace, settings, data, arguments, classes=classes)
+        return compared(workspace, settings, data, options, classes=classes)
 
 
 def present(result: Mapping[str, Any]) -> Presentation:
@@ -67,13 +59,12 @@ def present(result: Mapping[str, Any]) -> Presentation:
         f"augments them; {used['network']} from random weights; recipe {used['recipe']} (SGD with momentum 0.9, weight "
         f"decay 1e-4, cosine schedule), batches of {used['batch_size']}, {epochs}."
     )
-    return present_fits(result, _MEASURE, note=note, name="imagenet", published=[_published()])
+    return present_compared(result, _MEASURE, note=note, name="imagenet", published=[_published()])
 
 
 def _published() -> Table:
-    names = {"none": "none", **fitted.NORMS}
     rows = [
-        [row.network, names[row.norm], *(f"{value:.2f} %" for value in row.paper + row.study)] for row in IMAGENET
+        [row.network, str(NORMS[row.norm]), *(f"{value:.2f} %" for value in row.paper + row.study)] for row in IMAGENET
     ]
     columns = ["network", "method", "top-1, paper", "top-5, paper", "top-1, study", "top-5, study"]
     note = (
@@ -87,18 +78,12 @@ EXPERIMENT = Experiment(
     name="imagenet",
     claim="On ImageNet network deconvolution is more accurate than batch normalisation.",
     source="table 2",
-    sizes=dict(
-        zip(
-            SIZES,
-            (
-                ImageNetSettings(data=fitted.GENERATED, bn_rates=(0.1,), batch_size=8, image_size=32),
-                ImageNetSettings(),
-                ImageNetSettings(data="imagenet", bn_rates=(0.1,), epochs=90, image_size=224, workers=8),
-            ),
-            strict=True,
-        )
-    ),
+    sizes={
+        "smoke": ImageNetSettings(data=GENERATED, bn_rates=(0.1,), batch_size=8, image_size=32),
+        "small": ImageNetSettings(),
+        "paper": ImageNetSettings(data="imagenet", bn_rates=(0.1,), epochs=90, image_size=224, workers=8),
+    },
     run=run,
     present=present,
-    code=fitted.CODE,
+    code=("lab/experiments/imagenet.py", "lab/experiments/by_recipe.py", *RECIPE_CODE),
 )

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation, Workspace
-from netdeconv.lab.experiments.trials import (
-    CODE,
-    DataSets,
-    Trial,
+from netdeconv.lab.experiments.comparison import (
     accuracy_cell,
+    at_epochs,
+    best,
     best_rate,
-    by_rate,
-    gap_sentence,
-    mean_curve,
-    run_trials,
-    trials_with_seeds,
+    grouped,
+    line,
+    loss_cell,
+    rates_cell,
 )
+from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation
 from netdeconv.lab.norms import NORMS
 from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.report import Table
+from netdeconv.lab.train import CODE, Training, run_trainings
+from netdeconv.lab.workspace import Workspace
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +51,7 @@ class MlpSettings:
 def run(settings: MlpSettings, workspace: Workspace) -> Mapping[str, Any]:
     """Train what is not finished yet."""
     first = [
-        Trial(
+        Training(
             dataset=dataset,
             network="mlp",
             norm=norm,
@@ -63,47 +64,34 @@ def run(settings: MlpSettings, workspace: Workspace) -> Mapping[str, Any]:
         for rate in settings.rates
         for norm in settings.norms
     ]
-    workspace.progress.expect(len(first) + (settings.seeds - 1) * len(settings.datasets) * len(settings.norms))
-    data = DataSets()
-    found = run_trials(first, workspace, data)
-    more = trials_with_seeds(first, found, settings.seeds)
-    return {"runs": found + run_trials(more, workspace, data, before=found)}
+    found = run_trainings(first, workspace)
+    others = []
+    for seed in range(1, settings.seeds):
+        for dataset, norm in dict.fromkeys((one.dataset, one.norm) for one in first):
+            mine = [run for run in found["runs"] if (run["dataset"], run["norm"]) == (dataset, norm)]
+            like = next(one for one in first if (one.dataset, one.norm, one.rate) == (dataset, norm, best_rate(mine)))
+            others.append(dataclasses.replace(like, seed=seed))
+    return run_trainings(others, workspace, before=found["runs"])
 
 
 def present(result: Mapping[str, Any]) -> Presentation:
     """What came out."""
-    cases: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for run in result["runs"]:
-        cases.setdefault((run["dataset"], run["norm"]), []).append(run)
-    rows, sentences = [], []
-    for dataset in dict.fromkeys(dataset for dataset, _ in cases):
-        best = {}
-        for norm in (norm for one, norm in cases if one == dataset):
-            runs = cases[dataset, norm]
-            rate = best_rate(runs)
-            best[norm] = by_rate(runs)[rate]
-            losses = mean_curve(best[norm], "train/loss")
-            tried = ", ".join(f"{accuracy_cell(same)} ({one:g})" for one, same in sorted(by_rate(runs).items()))
-            rows.append(
-                [
-                    f"{_DATASETS[dataset]}, {NORMS[norm].label}",
-                    f"{rate:g}",
-                    f"{100 * mean_curve(best[norm], 'test/accuracy')[0]:.1f} %",
-                    accuracy_cell(best[norm]),
-                    f"{losses[0]:.3f}",
-                    f"{losses[-1]:.3f}",
-                    tried,
-                ]
-            )
-        sentences += [
-            f"{_DATASETS[dataset]}: {gap_sentence(best['nd'], best[norm], NORMS[norm].label)}"
-            for norm in best
-            if norm != "nd" and "nd" in best
-        ]
-        edge = max(run["rate"] for run in result["runs"])
-        highest = [NORMS[norm].label for norm, runs in best.items() if runs[0]["rate"] == edge]
-        if highest:
-            sentences.append(f"The best rate is the highest tried, {edge:g}, for {', '.join(highest)}.")
+    cases = grouped(result["runs"], lambda run: (run["dataset"], run["norm"]))
+    rows = []
+    for (dataset, norm), runs in cases.items():
+        chosen = best(runs)
+        accuracy, loss = (at_epochs(chosen, logged) for logged in ("test/accuracy", "train/loss"))
+        rows.append(
+            [
+                f"{_DATASETS[dataset]}, {NORMS[norm].label}",
+                f"{chosen[0]['rate']:g}",
+                f"{statistics.fmean(accuracy[1]):.1f} %",
+                accuracy_cell(chosen),
+                f"{statistics.fmean(loss[1]):.3f}" if 1 in loss else "diverged",
+                loss_cell(chosen),
+                rates_cell(runs),
+            ]
+        )
     first = result["runs"][0]
     columns = ["data, norm", "best rate", "accuracy, epoch 1", "at the end", "loss, epoch 1", "at the end", "all rates"]
     note = (
@@ -114,7 +102,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
     )
     table = Table(columns, rows, title="Multi-layer perceptron", note=note)
     figure = Picture("mlp-loss", "Training loss by epoch, each norm at its best rate.", lambda f: _draw(f, cases))
-    return Presentation(" ".join(sentences), [table], [figure])
+    return Presentation([table], [figure])
 
 
 def _draw(figure: Figure, cases: Mapping[tuple[str, str], list[Mapping[str, Any]]]) -> None:
@@ -125,12 +113,9 @@ def _draw(figure: Figure, cases: Mapping[tuple[str, str], list[Mapping[str, Any]
     for axes, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True):
         for norm, one in NORMS.items():
             if (dataset, norm) in cases:
-                runs = cases[dataset, norm]
-                losses = mean_curve(by_rate(runs)[best_rate(runs)], "train/loss")
-                label = f"{one.label}, rate {best_rate(runs):g}"
-                axes.plot(range(1, len(losses) + 1), losses, label=label, markersize=4, **one.style)
+                runs = best(cases[dataset, norm])
+                line(axes, at_epochs(runs, "train/loss"), f"{one.label}, rate {runs[0]['rate']:g}", one.style)
         axes.set(xlabel="epoch", ylabel="training loss", title=_DATASETS[dataset], yscale="log")
-        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=8, frameon=False)
         tidy(axes)
 

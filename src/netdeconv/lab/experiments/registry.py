@@ -12,6 +12,7 @@ __all__ = ["EXPERIMENTS", "load"]
 
 # Name on the command line -> module in this package, whose EXPERIMENT it is, and a line for --help.
 EXPERIMENTS: dict[str, tuple[str, str]] = {
+    "demo": ("demo", "a small network on digits, in a minute: what netdeconv demo trains"),
     "regression": ("regression", "linear models: whitened input makes gradient descent converge in one iteration"),
     "mlp": ("mlp", "a multi-layer perceptron: no normalisation, batch normalisation, network deconvolution"),
     "cifar": ("cifar", "table 1: networks on CIFAR, batch normalisation at its best rate, and network deconvolution"),

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from netdeconv import WhitenedLinear, WhiteningConfig
 from netdeconv.functional import inverse_sqrt
 from netdeconv.lab.data import create_data
-from netdeconv.lab.experiments.experiment import SIZES, Experiment, Workspace
+from netdeconv.lab.experiments.experiment import Experiment
 from netdeconv.lab.experiments.regression_report import (
     INPUTS,
     LEAST_SQUARES_RATES,
@@ -29,6 +29,7 @@ from netdeconv.lab.experiments.regression_report import (
     present,
 )
 from netdeconv.lab.options import check_fields, option
+from netdeconv.lab.workspace import Workspace
 
 __all__ = ["EXPERIMENT", "RegressionSettings", "descend", "iterations_to", "optimum", "quadratic", "transformed"]
 
@@ -236,17 +237,11 @@ EXPERIMENT = Experiment(
     name="regression",
     claim="With L2 loss on a linear model, whitened input lets gradient descent converge in one iteration.",
     source="abstract",
-    sizes=dict(
-        zip(
-            SIZES,
-            (
-                RegressionSettings(dataset="digits", iterations=200, logistic_iterations=20),
-                RegressionSettings(),
-                RegressionSettings(iterations=10000, logistic_iterations=300),
-            ),
-            strict=True,
-        )
-    ),
+    sizes={
+        "smoke": RegressionSettings(dataset="digits", iterations=200, logistic_iterations=20),
+        "small": RegressionSettings(),
+        "paper": RegressionSettings(iterations=10000, logistic_iterations=300),
+    },
     run=run,
     present=present,
     devices=("cpu",),

@@ -1,4 +1,4 @@
-"""Tables, figures and verdict of the experiment on linear models."""
+"""Tables and figures of the experiment on linear models."""
 
 from __future__ import annotations
 
@@ -43,34 +43,11 @@ def present(result: Mapping[str, Any]) -> Presentation:
             lambda figure: _draw_eigenvalues(figure, result),
         ),
     ]
-    return Presentation(_verdict(result), [_squares_table(result), _logistic_table(result)], figures)
+    return Presentation([_squares_table(result), _logistic_table(result)], figures)
 
 
 def _excess(result: Mapping[str, Any], loss: float | None) -> float | None:
     return None if loss is None else loss / result["optimum"] - 1
-
-
-def _verdict(result: Mapping[str, Any]) -> str:
-    inputs = result["inputs"]
-    after = {kind: _excess(result, one["losses"][1]) for kind, one in inputs.items()}
-    exact = after["exact"]
-    holds = exact is not None and exact <= NEAR
-    steps5 = inputs["steps5"]
-    last = len(steps5["losses"]) - 1
-    logistic = {kind: one["losses"] for kind, one in result["logistic"].items()}
-    at = min(10, len(logistic["exact"]) - 1)
-    order = sorted(logistic, key=lambda kind: _or_infinity(logistic[kind][at]))
-    return (
-        f"The claim {'holds' if holds else 'does not hold'} for the converged root: after one iteration the loss is "
-        f"{_percent(exact)} above the closed-form optimum. The root of 5 Newton-Schulz steps does something else: it "
-        f"is {_percent(after['steps5'])} above after one iteration, "
-        f"{_percent(_excess(result, steps5['losses'][last]))} after {last}, and needs {_count(steps5['iterations'])} "
-        f"iterations to 1 %, where standardised input needs {_count(inputs['standardised']['iterations'])} and the "
-        f"root of 15 steps {_count(inputs['steps15']['iterations'])}. It caps the gain at 1.5^5 = 7.6 over the square "
-        f"root of the covariance's norm, so that directions of small variance stay small and slow. On the logistic "
-        f"loss, after {at} iterations, the input that is {INPUTS[order[0]]} has the lowest loss, the one that is "
-        f"{INPUTS[order[-1]]} the highest."
-    )
 
 
 def _squares_table(result: Mapping[str, Any]) -> Table:

@@ -10,14 +10,14 @@ from typing import Any
 
 from netdeconv import ConfigError
 from netdeconv.lab.benchmark.record import machine
-from netdeconv.lab.devices import device_of
-from netdeconv.lab.experiments.experiment import LIBRARY, Experiment, Presentation, Workspace
+from netdeconv.lab.devices import device_of, threads
+from netdeconv.lab.experiments.experiment import LIBRARY, Experiment, Presentation
 from netdeconv.lab.experiments.registry import EXPERIMENTS, load
 from netdeconv.lab.progress import Progress, quiet_lightning
-from netdeconv.lab.running import threads
 from netdeconv.lab.store import read_json, versions, write_json, write_whole
+from netdeconv.lab.workspace import Workspace
 
-__all__ = ["Outcome", "carry_out", "draw", "markdown", "outcomes", "setting_line", "text"]
+__all__ = ["Outcome", "carry_out", "draw", "markdown", "origin", "outcomes", "text"]
 
 _RESULT = "result.json"
 
@@ -46,6 +46,7 @@ def carry_out(
     size: str = "small",
     thread_count: int | None = None,
     device: str = "cpu",
+    fresh: bool = False,
     show: bool = True,
 ) -> Outcome:
     """Run what is not finished yet, write result.json and the pictures.
@@ -58,6 +59,7 @@ def carry_out(
         size: one of :data:`SIZES`, for the record.
         thread_count: threads that torch computes with; ``None`` leaves them as they are.
         device: where networks are trained, one of :data:`netdeconv.lab.devices.DEVICES`.
+        fresh: repeat what is finished.
         show: progress on standard error.
 
     Raises:
@@ -68,9 +70,11 @@ def carry_out(
         able = " or ".join(experiment.devices)
         raise ConfigError(f"{experiment.name} trains no network: expected --device {able}, got {device}")
     device_of(device)
+    if thread_count is not None and thread_count < 1:
+        raise ConfigError(f"expected threads of at least 1, got {thread_count}")
     folder = out / experiment.name
     folder.mkdir(parents=True, exist_ok=True)
-    with threads(thread_count), quiet_lightning(), Progress(1, show=show) as progress:
+    with threads(thread_count), quiet_lightning(), Progress(show=show) as progress:
         record: dict[str, Any] = {
             "experiment": experiment.name,
             "command": command,
@@ -87,7 +91,9 @@ def carry_out(
             write_json(folder / _RESULT, {**record, **ended, "complete": complete, "result": result})
 
         code = (*LIBRARY, *experiment.code)
-        workspace = Workspace(folder, code=code, progress=progress, publish=publish, device=device)
+        workspace = Workspace(
+            folder, code=code, progress=progress, publish=publish, device=device, fresh=fresh
+        )
         publish(experiment.run(settings, workspace), complete=True)
     outcome = _read(folder)
     assert outcome is not None
@@ -123,11 +129,7 @@ def _read(folder: Path) -> Outcome | None:
     record = read_json(folder / _RESULT)
     if not isinstance(record, dict) or record.get("experiment") not in EXPERIMENTS:
         return None
-    presentation = load(record["experiment"]).present(record["result"])
-    if record.get("size") == "smoke":
-        warning = "A trial run, too short to judge the claim by. "
-        presentation = dataclasses.replace(presentation, verdict=warning + presentation.verdict)
-    return Outcome(record, presentation, folder)
+    return Outcome(record, load(record["experiment"]).present(record["result"]), folder)
 
 
 def draw(outcome: Outcome) -> list[Path]:
@@ -145,17 +147,19 @@ def draw(outcome: Outcome) -> list[Path]:
     return files
 
 
-def setting_line(record: Mapping[str, Any]) -> str:
-    """How the numbers came about: command, machine, time."""
+def origin(record: Mapping[str, Any]) -> tuple[str, str]:
+    """How the numbers came about: the command; machine, time, and what they are not good for."""
     place, found = record["machine"], record["versions"]
     load = (place.get("load_average") or [0])[0]
     busy = f" (load {load:.1f} at the start: other work ran beside)" if load > place["threads"] + 0.5 else ""
     gpu = f"{place['gpu']}, " if record.get("device") == "cuda" else ""
     line = (
-        f"{record['command']}; {gpu}{place['processor']}, {place['threads']} of {place['cores']} cores, torch "
+        f"{gpu}{place['processor']}, {place['threads']} of {place['cores']} cores, torch "
         f"{found['torch']}; {_duration(record['minutes'])}{busy}; code {record['code']}, {record['finished'][:10]}."
     )
-    return line if record["complete"] else f"{line} Not finished: these are the parts that are."
+    line += " A trial run, too short to judge the claim by." * (record.get("size") == "smoke")
+    line += " Not finished: these are the parts that are." * (not record["complete"])
+    return record["command"], line
 
 
 def _duration(minutes: float) -> str:
@@ -168,7 +172,7 @@ def text(outcome: Outcome) -> str:
     parts = [f"{experiment.name}: {experiment.claim} ({experiment.source})"]
     for table in outcome.presentation.tables:
         parts.append("\n".join(filter(None, [table.title, table.to_text(), table.note])))
-    return "\n\n".join([*parts, outcome.presentation.verdict, setting_line(outcome.record)])
+    return "\n\n".join([*parts, "; ".join(origin(outcome.record))])
 
 
 def markdown(found: Sequence[Outcome], *, pictures: str | None = None) -> str:
@@ -182,14 +186,13 @@ def markdown(found: Sequence[Outcome], *, pictures: str | None = None) -> str:
     for outcome in found:
         experiment = load(outcome.record["experiment"])
         parts = [f"## {experiment.name}", f"Claim ({experiment.source}): {experiment.claim}"]
-        parts.append(f"**Here:** {outcome.presentation.verdict}")
         for table in outcome.presentation.tables:
             parts += [f"**{table.title}**" if table.title else "", table.to_markdown(), table.note]
         for picture in outcome.presentation.figures:
             folder = outcome.folder.name if pictures is None else pictures
             parts += [f"![{picture.caption}]({folder}/{picture.name}.png)"]
-        command, rest = setting_line(outcome.record).split(";", 1)
-        parts.append(f"`{command}`;{rest}")
+        command, rest = origin(outcome.record)
+        parts.append(f"`{command}`; {rest}")
         sections.append("\n\n".join(filter(None, parts)))
     return "\n\n".join(sections) + "\n"
 

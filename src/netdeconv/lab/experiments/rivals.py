@@ -5,19 +5,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from netdeconv.lab.benchmark import step
-from netdeconv.lab.benchmark.record import Silent
 from netdeconv.lab.benchmark.settings import StepSettings
-from netdeconv.lab.data import create_data
 from netdeconv.lab.experiments.cifar import DEPTHWISE, network_and_width
-from netdeconv.lab.experiments.experiment import Experiment, Workspace
+from netdeconv.lab.experiments.comparison import best_rate
+from netdeconv.lab.experiments.experiment import Experiment
 from netdeconv.lab.experiments.rivals_report import of_method, present
-from netdeconv.lab.experiments.trials import CODE, Trial, best_rate, run_trials
 from netdeconv.lab.methods import Method
 from netdeconv.lab.options import check_fields, option
+from netdeconv.lab.train import CODE, DataSets, Training, run_trainings
+from netdeconv.lab.workspace import Workspace
 
 __all__ = ["EXPERIMENT", "RivalsSettings"]
 
@@ -56,7 +56,7 @@ class RivalsSettings:
             Method.named(method)
 
 
-def planned(settings: RivalsSettings) -> Iterator[Trial]:
+def planned(settings: RivalsSettings) -> Iterator[Training]:
     """Every rate once: the first for all networks and methods before any of the next, as a long run may be stopped."""
     for number in range(max(len(settings.rates), len(settings.adaptive_rates))):
         for network in settings.networks:
@@ -64,7 +64,7 @@ def planned(settings: RivalsSettings) -> Iterator[Trial]:
             for method in map(Method.named, settings.methods):
                 rates = settings.rates if method.optimizer == "sgd" else settings.adaptive_rates
                 if number < len(rates):
-                    yield Trial(
+                    yield Training(
                         dataset=settings.dataset,
                         network=name,
                         width=width,
@@ -82,37 +82,27 @@ def planned(settings: RivalsSettings) -> Iterator[Trial]:
 def run(settings: RivalsSettings, workspace: Workspace) -> Mapping[str, Any]:
     """The times first, with nothing else going on; then every rate, more seeds of the best, and the same seconds."""
     first = list(planned(settings))
-    methods = len(settings.networks) * len(settings.methods)
-    same_seconds = methods - len(settings.networks)  # the first has its own seconds
-    whole = len(first) + (settings.seeds - 1) * methods
-    workspace.progress.expect(len(settings.networks) + whole + settings.seeds * same_seconds)
+    workspace.progress.expect(len(settings.networks))
     times = {network: _times(settings, network, workspace) for network in settings.networks}
-
-    def with_times(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        marked = [{**entry, "same_seconds": number >= whole} for number, entry in enumerate(entries)]
-        return {"times": times, "runs": marked}
-
-    publish = workspace.publish
-    workspace.publish = lambda result: publish(with_times(result["runs"]))
-    runs = run_trials(first, workspace)
+    runs = run_trainings(first, workspace, times=times)["runs"]
     best = [_best(first, runs, network, method) for network in settings.networks for method in settings.methods]
-    more = [dataclasses.replace(trial, seed=seed) for seed in range(1, settings.seeds) for trial in best]
-    runs += run_trials(more, workspace, before=runs)
-    steps = settings.steps or _steps(settings)
+    more = [dataclasses.replace(one, seed=seed) for seed in range(1, settings.seeds) for one in best]
+    runs = run_trainings(more, workspace, before=runs, times=times)["runs"]
+    steps = settings.steps or len(DataSets().of(first[0]).train_dataloader())
     slower = [
-        _in_same_seconds(dataclasses.replace(trial, seed=seed), steps, times)
+        _in_same_seconds(dataclasses.replace(one, seed=seed), steps, times)
         for seed in range(settings.seeds)
-        for trial in best
-        if (trial.norm, trial.optimizer) != Method.named(settings.methods[0])
+        for one in best
+        if (one.norm, one.optimizer) != Method.named(settings.methods[0])
     ]
-    return with_times([*runs, *run_trials(slower, workspace, before=runs)])
+    return run_trainings(slower, workspace, before=runs, mark={"same_seconds": True}, times=times)
 
 
-def _best(first: list[Trial], runs: list[dict[str, Any]], network: str, method: str) -> Trial:
-    """The first trial of a method at its best rate."""
+def _best(first: list[Training], runs: list[dict[str, Any]], network: str, method: str) -> Training:
+    """The first training of a method at its best rate."""
     rate = best_rate(of_method(runs, *network_and_width(network), Method.named(method)))
     place = (*network_and_width(network), *Method.named(method), rate)
-    return next(t for t in first if (t.network, t.width, t.norm, t.optimizer, t.rate) == place)
+    return next(one for one in first if (one.network, one.width, one.norm, one.optimizer, one.rate) == place)
 
 
 def _times(settings: RivalsSettings, network: str, workspace: Workspace) -> dict[str, Any]:
@@ -136,14 +126,13 @@ def _times(settings: RivalsSettings, network: str, workspace: Workspace) -> dict
 
     def compute() -> dict[str, Any]:
         result: dict[str, Any] = {}
-        workspace.progress.start_run(f"times of {network}", 1)
-        step.run(timed, Silent(), result)
+        step.run(timed, workspace.progress, result)
         found = result["training"]
         ratios = {kind.removesuffix("/bn"): one for kind, one in found["ratios"].items() if kind.endswith("/bn")}
         ratios["bn"] = {"value": 1.0, "interval": [1.0, 1.0]}
         over = ratios[base]["value"]
         return {
-            "seconds": {kind: one["step"] for kind, one in found["contestants"].items()},
+            "seconds": {kind: one["step"] for kind, one in found["candidates"].items()},
             "ratios": {
                 kind: {"value": one["value"] / over, "interval": [end / over for end in one["interval"]]}
                 for kind, one in ratios.items()
@@ -153,21 +142,13 @@ def _times(settings: RivalsSettings, network: str, workspace: Workspace) -> dict
     return workspace.part(f"times-{network}", dataclasses.asdict(timed), compute)
 
 
-def _steps(settings: RivalsSettings) -> int:
-    """Training steps in an epoch."""
-    options: dict[str, Any] = {"image_size": 32} if settings.dataset == "digits" else {}
-    data: Any = create_data(settings.dataset, batch_size=settings.batch_size, **options)
-    data.setup()
-    return len(data.train_dataloader())
-
-
-def _in_same_seconds(trial: Trial, steps: int, times: Mapping[str, Any]) -> Trial:
+def _in_same_seconds(training: Training, steps: int, times: Mapping[str, Any]) -> Training:
     """With as many epochs and steps as take the first method's time; the rate falls to zero within them."""
-    key = next(network for network in times if network_and_width(network) == (trial.network, trial.width))
-    ratio = times[key]["ratios"][str(Method(trial.norm, trial.optimizer))]["value"]
-    total = max(1, round(trial.epochs * steps / ratio))
+    key = next(network for network in times if network_and_width(network) == (training.network, training.width))
+    ratio = times[key]["ratios"][str(Method(training.norm, training.optimizer))]["value"]
+    total = max(1, round(training.epochs * steps / ratio))
     epochs = math.ceil(total / steps)
-    return dataclasses.replace(trial, epochs=epochs, steps=max(1, round(total / epochs)))
+    return dataclasses.replace(training, epochs=epochs, steps=max(1, round(total / epochs)))
 
 
 EXPERIMENT = Experiment(
@@ -194,6 +175,6 @@ EXPERIMENT = Experiment(
     present=present,
     code=(
         "lab/experiments/rivals.py", "lab/experiments/cifar.py", "lab/methods.py", "lab/benchmark/step.py",
-        "lab/benchmark/contestants.py", "lab/benchmark/timing.py", *CODE,
+        "lab/benchmark/candidates.py", "lab/benchmark/timing.py", *CODE,
     ),
 )  # fmt: skip

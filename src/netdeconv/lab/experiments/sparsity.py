@@ -10,10 +10,12 @@ from torch import nn
 from netdeconv import WhitenedConv2d, WhiteningConfig, calibrate
 from netdeconv.inspect import LayerView, Responses, inspect_layers
 from netdeconv.lab.data import photographs
-from netdeconv.lab.experiments.experiment import SIZES, Experiment, Workspace
+from netdeconv.lab.experiments.comparison import METHODS
+from netdeconv.lab.experiments.experiment import Experiment
 from netdeconv.lab.experiments.sparsity_report import present
-from netdeconv.lab.experiments.trained import CODE, NORMS, TrainedSettings, test_images, trained
+from netdeconv.lab.experiments.trained import CODE, TrainedSettings, trained
 from netdeconv.lab.options import option
+from netdeconv.lab.workspace import Workspace
 
 __all__ = ["EXPERIMENT", "SparsitySettings"]
 
@@ -30,7 +32,7 @@ class SparsitySettings(TrainedSettings):
 
 def run(settings: SparsitySettings, workspace: Workspace) -> dict[str, Any]:
     """Photographs by kernel size and root, then the layers of both networks."""
-    workspace.progress.expect(len(settings.kernel_sizes) * len(_ROOTS) + len(NORMS))
+    workspace.progress.expect(len(settings.kernel_sizes) * len(_ROOTS) + 2 * len(METHODS))
     result: dict[str, Any] = {"settings": dataclasses.asdict(settings), "photographs": [], "networks": {}}
     for size in settings.kernel_sizes:
         for root, how in _ROOTS.items():
@@ -40,14 +42,12 @@ def run(settings: SparsitySettings, workspace: Workspace) -> dict[str, Any]:
                 lambda size=size, how=how: _photographs(size, how),  # type: ignore[misc]
             )
             result["photographs"].append({"size": size, "root": root, **part})
-    for norm in NORMS:
+    for norm in METHODS:
         found = trained(workspace, settings, norm)
         part = workspace.part(
             norm,
             {**dataclasses.asdict(settings), "norm": norm},
-            lambda found=found: {  # type: ignore[misc]
-                "layers": [_numbers(view) for view in inspect_layers(found.net, test_images(settings))]
-            },
+            lambda found=found: {"layers": [_numbers(view) for view in inspect_layers(*found.look())]},  # type: ignore[misc]
         )
         result["networks"][norm] = {**part, "accuracy": found.accuracy}
     return result
@@ -83,17 +83,11 @@ EXPERIMENT = Experiment(
     name="sparsity",
     claim="Whitened responses are sparse: most near zero, few of them large.",
     source="abstract and section 3",
-    sizes=dict(
-        zip(
-            SIZES,
-            (
-                SparsitySettings(dataset="digits", network="small", width=1.0, images=128, kernel_sizes=(3,)),
-                SparsitySettings(),
-                SparsitySettings(network="vgg16", width=1.0, epochs=20),
-            ),
-            strict=True,
-        )
-    ),
+    sizes={
+        "smoke": SparsitySettings(dataset="digits", network="small", width=1.0, images=128, kernel_sizes=(3,)),
+        "small": SparsitySettings(),
+        "paper": SparsitySettings(network="vgg16", width=1.0, epochs=20),
+    },
     run=run,
     present=present,
     code=("inspect", *CODE, "lab/experiments/sparsity.py"),

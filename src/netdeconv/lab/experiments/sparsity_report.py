@@ -1,13 +1,13 @@
-"""Tables, histograms and verdict of the experiment on sparsity."""
+"""Tables and histograms of the experiment on sparsity."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from netdeconv.lab.experiments.comparison import METHODS
 from netdeconv.lab.experiments.experiment import Picture, Presentation
-from netdeconv.lab.experiments.trained import NORMS, training_line
+from netdeconv.lab.experiments.trained import training_line
 from netdeconv.lab.report import Table
 
 if TYPE_CHECKING:
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 __all__ = ["present"]
 
 _LIMIT = 6.0  # of the histograms, in standard deviations
-_GAUSS = 3.0
-
-
 def present(result: Mapping[str, Any]) -> Presentation:
     """What came out."""
     pictures = [
@@ -34,42 +31,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
             lambda figure: _draw_layers(figure, result),
         ),
     ]
-    return Presentation(_verdict(result), [_photographs_table(result), _layers_table(result)], pictures)
-
-
-def _verdict(result: Mapping[str, Any]) -> str:
-    photos = result["photographs"]
-    parts = []
-    for root in dict.fromkeys(one["root"] for one in photos):
-        found = [one for one in photos if one["root"] == root]
-        parts.append(
-            f"{_span([one['whitened']['kurtosis'] for one in found])} with the root "
-            f"{'of 5 steps' if root == '5 steps' else 'converged'}"
-        )
-    raw = [one["raw"]["kurtosis"] for one in photos]
-    layers = [layer for layer in result["networks"]["nd"]["layers"] if layer["whitened"]]
-    before = statistics.median(layer["raw"]["kurtosis"] for layer in layers)
-    after = statistics.median(layer["whitened"]["kurtosis"] for layer in layers)
-    sparser = sum(layer["whitened"]["hoyer"] > layer["standardised"]["hoyer"] for layer in layers)
-    on_photos = all(one["whitened"]["kurtosis"] > max(_GAUSS, one["raw"]["kurtosis"]) for one in photos)
-    inside = after > before and sparser > len(layers) / 2
-    judged = {
-        (True, True): "The claim holds",
-        (True, False): "The claim holds on photographs, not inside the trained network",
-        (False, True): "The claim holds inside the trained network, not on photographs",
-        (False, False): "The claim does not hold",
-    }[on_photos, inside]
-    return (
-        f"{judged}. On photographs the kurtosis goes from {_span(raw)} to {' and to '.join(parts)}; Gaussian numbers "
-        f"have 3, Laplacian ones 6. In the trained network the median over the layers goes from {before:.1f} to "
-        f"{after:.1f}, and whitening raises Hoyer's sparsity in {sparser} of {len(layers)} layers: behind the first "
-        "layer the input comes out of a ReLU and is sparse before it is whitened."
-    )
-
-
-def _span(values: Sequence[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:.1f}" if f"{low:.1f}" == f"{high:.1f}" else f"{low:.1f}–{high:.1f}"
+    return Presentation([_photographs_table(result), _layers_table(result)], pictures)
 
 
 def _photographs_table(result: Mapping[str, Any]) -> Table:
@@ -86,11 +48,11 @@ def _photographs_table(result: Mapping[str, Any]) -> Table:
 
 def _layers_table(result: Mapping[str, Any]) -> Table:
     rows = [
-        [f"{NORMS[norm]}, {layer['name']}", *_cells(layer)]
+        [f"{METHODS[norm]}, {layer['name']}", *_cells(layer)]
         for norm, network in result["networks"].items()
         for layer in network["layers"]
     ]
-    accuracy = ", ".join(f"{NORMS[norm]} {100 * one['accuracy']:.1f} %" for norm, one in result["networks"].items())
+    accuracy = ", ".join(f"{METHODS[norm]} {100 * one['accuracy']:.1f} %" for norm, one in result["networks"].items())
     note = f"What the layers of {training_line(result['settings'])}; test accuracy {accuracy}. As in the table above."
     return Table(["layer", *_COLUMNS], rows, title="Layers of trained networks", note=note)
 
@@ -139,22 +101,16 @@ def _draw_photographs(figure: Figure, result: Mapping[str, Any]) -> None:
 
 
 def _draw_layers(figure: Figure, result: Mapping[str, Any]) -> None:
-    from netdeconv.lab.plots import LINES, tidy
+    from netdeconv.lab.plots import draw_layers
 
     figure.set_size_inches(7.5, 3.6)
+    bn, nd = (result["networks"][norm]["layers"] for norm in ("bn", "nd"))
+    lines = {
+        "behind BatchNorm": [layer["raw"]["kurtosis"] for layer in bn],
+        "network deconvolution, before whitening": [layer["raw"]["kurtosis"] for layer in nd],
+        "network deconvolution, after whitening": [layer["whitened"]["kurtosis"] for layer in nd],
+    }
     axes = figure.subplots()
-    lines = (
-        ("bn", "raw", "behind BatchNorm"),
-        ("nd", "raw", "network deconvolution, before whitening"),
-        ("nd", "whitened", "network deconvolution, after whitening"),
-    )
-    for (norm, when, label), style in zip(lines, LINES, strict=False):
-        values = [layer[when]["kurtosis"] for layer in result["networks"][norm]["layers"]]
-        axes.plot(values, label=label, linewidth=1.4, markersize=5, **style)
     for value in (3, 6):
         axes.axhline(value, color="0.6", linewidth=0.9, linestyle=":")
-    layers = result["networks"]["nd"]["layers"]
-    axes.set_xticks(range(len(layers)), [layer["name"] for layer in layers], rotation=30, ha="right", fontsize=8)
-    axes.set(yscale="log", ylabel="kurtosis")
-    axes.legend(fontsize=8, frameon=False)
-    tidy(axes)
+    draw_layers(axes, [layer["name"] for layer in nd], lines, yscale="log", ylabel="kurtosis")

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from netdeconv.lab import norms
 from netdeconv.lab.checkpoint import read_state_dict
-from netdeconv.lab.data import create_data, first_images
-from netdeconv.lab.experiments.experiment import LIBRARY, Workspace
+from netdeconv.lab.data import first_images
+from netdeconv.lab.experiments.experiment import LIBRARY
 from netdeconv.lab.options import check_fields, option
-from netdeconv.lab.run_record import RunRecord
-from netdeconv.lab.running import fit
-from netdeconv.lab.schedules import Schedule
-from netdeconv.lab.store import RunStore, code_fingerprint, write_whole
-from netdeconv.lab.training.settings import Network, build_task
+from netdeconv.lab.train import CODE as TRAINING
+from netdeconv.lab.train import DataSets, Training, make_network, train
+from netdeconv.lab.workspace import Workspace
 
-__all__ = ["CODE", "NORMS", "Trained", "TrainedSettings", "test_images", "trained", "training_line"]
+__all__ = ["CODE", "Trained", "TrainedSettings", "trained", "training_line"]
 
-NORMS = {norm: str(norms.NORMS[norm]) for norm in ("bn", "nd")}
-
-CODE = ("lab/tasks.py", "lab/schedules.py", "lab/running.py", "lab/experiments/trained.py")
-
-_MOMENTUM = 0.9
+CODE = (*TRAINING, "lab/experiments/trained.py")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,62 +43,57 @@ class TrainedSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A network in evaluation mode, and what it can do."""
+    """A network that was trained.
 
-    net: nn.Module
+    Args:
+        accuracy: on the test images.
+        look: gives the network in evaluation mode, and the first test images as it gets them.
+    """
+
     accuracy: float
+    look: Callable[[], tuple[nn.Module, Tensor]]
 
 
 def trained(workspace: Workspace, settings: TrainedSettings, norm: str) -> Trained:
     """Train a network, or find it again: it is kept beside the experiments, in ``trained/``.
 
     Args:
-        workspace: its folder's parent gets the networks, and it is told the time that the training took.
+        workspace: its folder's parent gets the networks, and its time counts the training.
         settings: what to train.
-        norm: one of :data:`NORMS`.
+        norm: one of :data:`~netdeconv.lab.experiments.comparison.METHODS`.
     """
-    folder = workspace.folder.parent / "trained"
-    rate = settings.bn_rate if norm == "bn" else settings.nd_rate
-    fixed = {key: value for key, value in dataclasses.asdict(settings).items() if key in _TRAINING}
-    code = code_fingerprint((*LIBRARY, *CODE))
-    identity = {**fixed, "norm": norm, "rate": rate, **workspace.identity(code)}
-    name = f"{settings.dataset}-{settings.network.replace(':', '-')}-{norm}-seed{settings.seed}"
-    store = RunStore(folder)
-    path = store.path(name, identity, "pt")
-    data: Any = create_data(settings.dataset, batch_size=settings.batch_size, seed=settings.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        sgd = partial(torch.optim.SGD, lr=rate, momentum=_MOMENTUM, weight_decay=settings.weight_decay)
-        network = Network(network=settings.network, width=settings.width, norm=norm)
-        task = build_task(network, data, sgd, Schedule())
-        kept = store.load(name, identity)
-        if kept is None or not path.is_file():
-            data.setup()
-            record = RunRecord()
-            steps = settings.epochs * len(data.train_dataloader())
-            workspace.progress.start_run(f"{NORMS[norm]}, {settings.network}", steps)
-            callbacks = [record, workspace.progress.callback()]
-            fit(task, data, epochs=settings.epochs, callbacks=callbacks, device=workspace.device)
-            buffer = io.BytesIO()
-            torch.save(task.net.state_dict(), buffer)
-            write_whole(path, buffer.getvalue())
-            spent = sum(record.step_seconds)
-            store.save(name, identity, {"accuracy": record.curves["test/accuracy"][-1], "seconds": spent})
-            kept = store.load(name, identity)
-            assert kept is not None
-    task.net.load_state_dict(read_state_dict(path))
-    workspace.seconds += kept["seconds"]
-    return Trained(task.net.eval(), kept["accuracy"])
+    training = Training(
+        dataset=settings.dataset,
+        network=settings.network,
+        norm=norm,
+        rate=settings.bn_rate if norm == "bn" else settings.nd_rate,
+        seed=settings.seed,
+        width=settings.width,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        weight_decay=settings.weight_decay,
+    )
+    about = training.settings()
+    folder, code = workspace.folder.parent / "trained", (*LIBRARY, *CODE)
+    shared = Workspace(folder, code=code, progress=workspace.progress, device=workspace.device)
+    data, weights = DataSets(), shared.path(training.name, about, "pt")
+    if not weights.is_file():
+        shared.path(training.name, about).unlink(missing_ok=True)
 
+    def compute() -> dict[str, Any]:
+        return dataclasses.asdict(train(training, shared, data, weights=weights))
 
-_TRAINING = ("dataset", "network", "width", "epochs", "batch_size", "weight_decay", "seed")
+    record = shared.part(training.name, about, compute)
+    workspace.seconds += shared.seconds
 
+    def look() -> tuple[nn.Module, Tensor]:
+        images = data.of(training)
+        with torch.random.fork_rng(devices=[]):
+            net = make_network(training, images)
+        net.load_state_dict(read_state_dict(weights))
+        return net.eval(), first_images(images.test_dataloader(), settings.images)
 
-def test_images(settings: TrainedSettings) -> Tensor:
-    """The first test images, as a network gets them."""
-    data: Any = create_data(settings.dataset, batch_size=settings.batch_size)
-    data.setup()
-    return first_images(data.test_dataloader(), settings.images)
+    return Trained(record["curves"]["test/accuracy"][-1], look)
 
 
 def training_line(used: Any) -> str:
@@ -114,7 +101,7 @@ def training_line(used: Any) -> str:
     epochs = "1 epoch" if used["epochs"] == 1 else f"{used['epochs']} epochs"
     return (
         f"{used['network']} of width {used['width']:g} after {epochs} of {used['dataset']} (SGD, momentum "
-        f"{_MOMENTUM:g}, weight decay {used['weight_decay']:g}, batches of {used['batch_size']}, cosine schedule from "
-        f"{used['bn_rate']:g} for batch normalisation and {used['nd_rate']:g} for network deconvolution, seed "
-        f"{used['seed']}), seen on {used['images']} test images in evaluation mode"
+        f"0.9, weight decay {used['weight_decay']:g}, batches of {used['batch_size']}, cosine "
+        f"schedule from {used['bn_rate']:g} for batch normalisation and {used['nd_rate']:g} for network deconvolution, "
+        f"seed {used['seed']}), seen on {used['images']} test images in evaluation mode"
     )

@@ -19,16 +19,13 @@ from netdeconv.lab.names import nearest
 from netdeconv.lab.networks import check_name
 from netdeconv.lab.norms import NORMS
 from netdeconv.lab.saved import find_saved, located, settings_in
-from netdeconv.lab.schedules import SCHEDULES, Schedule
+from netdeconv.lab.schedules import SCHEDULES
 from netdeconv.lab.training.folder import CONFIG
-from netdeconv.lab.training.options import DATA_OPTIONS, PLAIN_OPTIONS, Checkpoints, Network
+from netdeconv.lab.training.options import DATA_OPTIONS, settings_parser
 from netdeconv.lab.training.recipes import recipe_path, recipes
 
 __all__ = ["full_arguments"]
 
-_SETTINGS = {"whitening": WhiteningConfig, "schedule": Schedule, "checkpoint": Checkpoints}
-_GROUPS = {group: [field.name for field in dataclasses.fields(kind)] for group, kind in _SETTINGS.items()}
-_NAMES = [*PLAIN_OPTIONS, *(field.name for field in dataclasses.fields(Network)), *_GROUPS, "trainer"]
 _NEED_VALUES = ("config", "data", "optimizer", "out")
 _OF_CLASSES = ("class_path", "init_args", "help")  # what jsonargparse adds to the arguments of a class
 _WITHOUT_TRAINING = {"help", "print_config"}
@@ -71,7 +68,7 @@ def full_arguments(command: str, arguments: Sequence[str]) -> list[str]:
         _check(given, data or given.get("data.name") or of_recipe, recipe, command)
     first = [f"--config={config}" for config in configs]
     if data is not None and of_recipe != data:
-        first += ["--data", json.dumps({"name": data})]
+        first.append(f"--data={json.dumps({'name': data})}")
     return first + others
 
 
@@ -135,36 +132,35 @@ def _check(given: Mapping[str, str], data: str | None, recipe: Mapping[str, Any]
             "Give the --out of  netdeconv fit,  or --config and --ckpt_path"
         )
     if data is None:
-        known = ", ".join(DATA_OPTIONS)
-        raise ConfigError(f"expected a data set, got none. Give --config RECIPE, or --data NAME: {known}")
+        names = ", ".join(DATA_OPTIONS)
+        raise ConfigError(f"expected a data set, got none. Give --config RECIPE, or --data NAME: {names}")
     if data not in DATA_OPTIONS:
         raise ConfigError(f"--data: there is no {data}. {nearest(str(data), DATA_OPTIONS)}")
-    optimizer = _optimizer(given, recipe)
-    for option in given:
-        _check_option(option.removesuffix("+"), data, optimizer)
     if "network" in given:
         check_name(given["network"])
     if (norm := given.get("norm", "bn")) not in NORMS:
         raise ConfigError(f"--norm: there is no {norm}. {nearest(norm, NORMS)}")
     if (name := given.get("schedule.name", "cosine")) not in SCHEDULES:
         raise ConfigError(f"--schedule.name: expected one of {', '.join(SCHEDULES)}, got {name!r}")
-
-
-def _check_option(option: str, data: str, optimizer: type | None) -> None:
-    group, _, name = option.partition(".")
-    first = name.partition(".")[0]
-    if group not in _NAMES:
-        raise ConfigError(f"--{option}: there is no such option. {nearest(group, _NAMES)}")
-    if group in _GROUPS and first and first not in _GROUPS[group]:
-        raise ConfigError(f"--{option}: there is no such setting. {nearest(first, _GROUPS[group])}")
-    if group == "data" and first not in ("", "name", *DATA_OPTIONS[data]):
-        raise ConfigError(f"--{option}: {data} has no such option. {nearest(first, DATA_OPTIONS[data])}")
-    if group == "trainer" and first and (known := _trainer_options()) and first not in (*known, *_OF_CLASSES):
-        raise ConfigError(f"--{option}: there is no such option. {nearest(first, known)}")
-    if group == "optimizer" and optimizer is not None and first not in ("", *_OF_CLASSES):
-        known = [one for one in inspect.signature(optimizer).parameters if one != "params"]
-        if first not in known:
-            raise ConfigError(f"--{option}: there is no such option of {optimizer.__name__}. {nearest(first, known)}")
+    optimizer = _optimizer(given, recipe)
+    defaults = settings_parser(command).get_defaults()
+    known: dict[str, list[str]] = {
+        "data": ["name", *DATA_OPTIONS[data]],
+        "whitening": [field.name for field in dataclasses.fields(WhiteningConfig)],
+        "schedule": [*vars(defaults.schedule)],
+        "checkpoint": [*vars(defaults.checkpoint)],
+        "trainer": _trainer_options(),
+        "optimizer": [] if optimizer is None else [*inspect.signature(optimizer).parameters][1:],
+    }
+    groups = [*vars(defaults), "print_config", "help"]
+    for option in given:
+        group, _, name = option.removesuffix("+").partition(".")
+        name = name.partition(".")[0]
+        of_group = known.get(group)
+        if group not in groups:
+            raise ConfigError(f"--{option}: there is no such option. {nearest(group, groups)}")
+        if name and of_group and name not in (*of_group, *_OF_CLASSES):
+            raise ConfigError(f"--{option}: there is no such option. {nearest(name, of_group)}")
 
 
 def _trainer_options() -> list[str]:

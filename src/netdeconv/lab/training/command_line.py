@@ -1,39 +1,38 @@
-"""LightningCLI for this package's networks: settings from recipes and options, and what is made of them."""
+"""What is made of the settings of a training: data, task, and a Lightning trainer with its run folder."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, instantiate_class
+from lightning.pytorch.cli import instantiate_class
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch.optim import Optimizer
+from torch import nn
 
 from netdeconv import ConfigError
-from netdeconv.lab.schedules import Schedule
 from netdeconv.lab.training.callbacks import EndTogether, History, SeededSteps
-from netdeconv.lab.training.options import Checkpoints, Network
+from netdeconv.lab.training.options import Checkpoints, Network, instantiated, parsed, settings_parser
 from netdeconv.lab.training.output import EpochLines, LossBar
 from netdeconv.lab.training.saving import FolderCheckpoint, StepCheckpoint, WholeFiles
 from netdeconv.lab.training.settings import build_data, build_task, resolved_data
 from netdeconv.lab.training.signature import Signature
 
-__all__ = ["TrainingCLI"]
+__all__ = ["Training"]
 
-_SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}}
 _OWN_FILES = ("fsdp", "deepspeed")  # strategies that write checkpoints in a way of their own
 
 
-class TrainingCLI(LightningCLI):
-    """Parses, and builds data, task and trainer; running them is left to the caller.
+class Training:
+    """Data, task and trainer as the settings have them; running them is left to the caller.
 
     Args:
-        args: the command line after the command.
         command: ``"fit"``, ``"validate"`` or ``"test"``.
+        words: options with their values, see :func:`netdeconv.lab.training.arguments.full_arguments`.
 
     Attributes:
         out: run folder.
@@ -43,61 +42,31 @@ class TrainingCLI(LightningCLI):
         monitor: the logged number that decides which epoch is the best.
 
     Raises:
-        ConfigError: settings that cannot be meant.
-        jsonargparse.ArgumentError: options that cannot be parsed.
+        ConfigError: settings that cannot be parsed or cannot be meant.
+        SystemExit: after ``--print_config`` or ``--help``.
     """
 
-    def __init__(self, args: list[str], command: str) -> None:
+    def __init__(self, command: str, words: Sequence[str]) -> None:
         self.command = command
-        prog = f"netdeconv {command}"
-        super().__init__(
-            save_config_callback=None,
-            seed_everything_default=0,
-            parser_kwargs={"prog": prog, "exit_on_error": False, "allow_abbrev": False, "description": _DESCRIPTION},
-            args=args,
-            run=False,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
+        parser = settings_parser(command, Trainer)
+        self.config = config = parsed(parser, words, Trainer)
+        config.data = resolved_data(dict(config.data))
+        if config.seed_everything is not False:
+            drawn = None if config.seed_everything is True else config.seed_everything
+            config.seed_everything = seed_everything(drawn, workers=True)
+            if config.data.get("seed") == 0:
+                config.data["seed"] = config.seed_everything
+        name = "-".join([config.data["name"], config.network.replace(":", "-"), config.norm])
+        self.out = Path(config.out or Path("runs", name))
+        config.out = str(self.out)
+        self.ckpt_path, config.ckpt_path = config.ckpt_path, None
+        self.text = parser.dump(config)
 
-    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--data", type=dict[str, Any], default={}, help="data set, and --data.OPTION of it")
-        parser.add_class_arguments(Network, None)
-        parser.add_class_arguments(Schedule, "schedule")
-        parser.add_optimizer_args((Optimizer,))
-        parser.set_defaults({"optimizer": _SGD})
-        parser.add_class_arguments(Checkpoints, "checkpoint")
-        parser.add_argument("--out", type=str | None, default=None, help="run folder (default: runs/DATA-NETWORK-NORM)")
-        parser.add_argument(
-            "--ckpt_path",
-            type=str | None,
-            default=None,
-            help="checkpoint to begin with: last or best of the run folder, a path, or none",
-        )
-        parser.add_lightning_class_args(Trainer, "trainer")
-        parser.set_defaults({"trainer.log_every_n_steps": 10, "trainer.num_sanity_val_steps": 0})  # no statistics yet
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Lightning's own warns of arguments that do not come from ``sys.argv``."""
-        self.config = parser.parse_args(args)
-
-    def before_instantiate_classes(self) -> None:
-        self.config.data = resolved_data(dict(self.config.data))
-        seed = self.config.seed_everything
-        if self.config.data.get("seed") == 0 and isinstance(seed, int) and not isinstance(seed, bool):
-            self.config.data["seed"] = seed
-        name = "-".join([self.config.data["name"], self.config.network.replace(":", "-"), self.config.norm])
-        self.out = Path(self.config.out or Path("runs", name))
-        self.config.out = str(self.out)
-        self.ckpt_path, self.config.ckpt_path = self.config.ckpt_path, None
-        self.text = self.parser.dump(self.config)
-
-    def instantiate_classes(self) -> None:
-        config = self.config_init = self.parser.instantiate_classes(self.config)
+        self.settings = settings = instantiated(parser, config)
         self.datamodule = data = cast("Any", build_data(config.data))
-        network = Network(**{name: config[name] for name in Network.__dataclass_fields__})
-        optimizer = partial(instantiate_class, init=config.optimizer.as_dict())
-        self.model = build_task(network, data, optimizer, config.schedule)
+        network = Network(**{name: settings[name] for name in Network.__dataclass_fields__})
+        optimizer = partial(instantiate_class, init=settings.optimizer.as_dict())
+        self.model = build_task(network, data, optimizer, settings.schedule)
         self.about = {
             "network": network.network,
             "width": network.width,
@@ -106,12 +75,13 @@ class TrainingCLI(LightningCLI):
         }
         self.history = History(self.out, title=", ".join(str(self.about[name]) for name in ("network", "norm")))
         part = self.model.parts[0]
-        self.monitor = config.checkpoint.monitor or f"{part}/{next(iter(self.model.measures[part]))}"
-        self.trainer = self.instantiate_trainer()
+        measures = cast("nn.ModuleDict", self.model.measures[part])
+        self.monitor = settings.checkpoint.monitor or f"{part}/{next(iter(measures))}"
+        self.trainer = self._trainer()
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    def _trainer(self) -> Trainer:
         """The trainer, with what the run folder needs where its options do not say otherwise."""
-        config = {**self.config_init.trainer.as_dict(), **kwargs}
+        config = self.settings.trainer.as_dict()
         config["callbacks"] = _listed(config["callbacks"])
         if config["enable_progress_bar"] is None:
             config["enable_progress_bar"] = sys.stdout.isatty()
@@ -132,12 +102,12 @@ class TrainingCLI(LightningCLI):
             config["plugins"] = [*_listed(config["plugins"]), WholeFiles()]
         config["callbacks"] += self._callbacks(config)
         try:
-            return self.trainer_class(**config)
+            return Trainer(**config)
         except ValueError as error:  # e.g. names of accelerators and strategies that there are not
             raise ConfigError(f"--trainer: {error}") from error
 
     def _callbacks(self, config: dict[str, Any]) -> list[Callback]:
-        checkpoint: Checkpoints = self.config_init.checkpoint
+        checkpoint: Checkpoints = self.settings.checkpoint
         seed = self.config.seed_everything
         callbacks: list[Callback] = [Signature(self.about, self.text), EndTogether()]
         if seed is not False:
@@ -156,9 +126,6 @@ class TrainingCLI(LightningCLI):
             FolderCheckpoint(filename="last", every_n_epochs=1, save_on_train_epoch_end=True, **place),
             StepCheckpoint(filename="last", every_n_train_steps=checkpoint.every_n_steps, **place),
         ]
-
-
-_DESCRIPTION = "Options may also come from YAML files, given by --config; the recipes are such files."
 
 
 def _listed(value: Any) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningDataModule
 from torch import nn
 
@@ -15,8 +16,7 @@ from netdeconv.lab.networks import network
 from netdeconv.lab.norms import with_norm
 from netdeconv.lab.schedules import Schedule
 from netdeconv.lab.tasks import Classification, Segmentation, Task
-from netdeconv.lab.training.messages import in_one_line
-from netdeconv.lab.training.options import Network
+from netdeconv.lab.training.options import Network, instantiated, refused
 
 __all__ = ["Network", "build_data", "build_network", "build_task", "resolved_data"]
 
@@ -30,30 +30,30 @@ def resolved_data(options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: unknown name or option, or a value of the wrong type.
     """
-    from jsonargparse import ArgumentError
-
     name = options.get("name")
     if name is None:
         raise ConfigError(f"expected a data set, got none. Give --config RECIPE, or --data NAME: {', '.join(DATASETS)}")
     if name not in DATASETS:
         raise ConfigError(f"--data: there is no {name}. {nearest(str(name), DATASETS)}")
-    parser, known = _data_parser(name)
     given = {key: value for key, value in options.items() if key != "name"}
-    for key in given:
+    parser = _data_parser(name)
+    known = parser.get_defaults().data
+    for key, value in given.items():
         if key not in known:
             raise ConfigError(f"--data.{key}: {name} has no such option. {nearest(key, known)}")
-    try:
-        found = parser.parse_object({"data": given})
-    except ArgumentError as error:
-        raise ConfigError(in_one_line(str(error))) from None
-    return {"name": name, **{key: _plain(value) for key, value in found.data.as_dict().items()}}
+        try:
+            parser.parse_object({"data": {key: value}})
+        except ArgumentError:
+            raise ConfigError(refused(f"data.{key}", value, {"data": DATASETS[name]})) from None
+    found = parser.parse_object({"data": given}).data
+    return {"name": name, **{key: _plain(value) for key, value in found.as_dict().items()}}
 
 
 def build_data(options: dict[str, Any]) -> LightningDataModule:
     """The data module for checked options."""
-    parser, _ = _data_parser(options["name"])
+    parser = _data_parser(options["name"])
     given = {key: value for key, value in options.items() if key != "name"}
-    return cast("LightningDataModule", parser.instantiate_classes(parser.parse_object({"data": given})).data)
+    return cast("LightningDataModule", instantiated(parser, parser.parse_object({"data": given})).data)
 
 
 def _plain(value: Any) -> Any:
@@ -61,13 +61,11 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
-def _data_parser(name: str) -> tuple[Any, list[str]]:
-    """What checks the options of a data set, and their names."""
-    from jsonargparse import ArgumentParser
-
+def _data_parser(name: str) -> ArgumentParser:
+    """What checks the options of a data set."""
     parser = ArgumentParser(exit_on_error=False)
-    added = parser.add_class_arguments(DATASETS[name], "data")
-    return parser, [key.removeprefix("data.") for key in added]
+    parser.add_class_arguments(DATASETS[name], "data")
+    return parser
 
 
 def build_network(settings: Network, data: LightningDataModule) -> nn.Module:

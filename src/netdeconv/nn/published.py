@@ -8,9 +8,8 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from netdeconv.errors import ConfigError
-from netdeconv.nn import Whitening
 from netdeconv.nn.layer import WhitenedLayer
-from netdeconv.surgery.statistics import put
+from netdeconv.nn.whitening import Whitening
 
 __all__ = ["load_published"]
 
@@ -64,7 +63,7 @@ def load_published(
         raise ConfigError(f"load_published: {'; '.join(problems[:6])}{more}.")
     model.load_state_dict(theirs, strict=False)
     for whitening, mean, root in found:
-        put(whitening, mean, [root], updates=1)
+        whitening.set_statistics(mean, [root])
     return model
 
 

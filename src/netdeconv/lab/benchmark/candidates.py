@@ -33,7 +33,7 @@ def kinds(settings: MemorySettings) -> list[str]:
     return [kind for kind in map(str, map(Method.named, named)) if not (kind == "nd-paper" and settings.no_paper)]
 
 
-def contestant(kind: str, settings: MemorySettings) -> nn.Module:
+def candidate(kind: str, settings: MemorySettings) -> nn.Module:
     """The network by this name; always the same for one seed."""
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
@@ -44,7 +44,7 @@ def contestant(kind: str, settings: MemorySettings) -> nn.Module:
 
 
 class Training:
-    """One contestant with optimizer and data, ready to be stepped.
+    """One candidate with optimizer and data, ready to be stepped.
 
     Args:
         kind: name of a method.
@@ -58,7 +58,7 @@ class Training:
         self.settings, self.kind = settings, kind
         self.device = device_of(settings.device)
         layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-        self.model = contestant(kind, settings).to(self.device).to(memory_format=layout)
+        self.model = candidate(kind, settings).to(self.device).to(memory_format=layout)
         self.period = period_of(self.model)
         draw = torch.Generator().manual_seed(settings.seed)
         images = torch.randn(settings.batch, 3, settings.size, settings.size, generator=draw)
