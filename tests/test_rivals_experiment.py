@@ -78,6 +78,8 @@ def test_best_rates_get_seeds_and_the_same_seconds(
         ["ND", "0.1", "75.0 ± 7.1 %", "2.00 (2.00 to 2.00)", "74.0 ± 7.1 %", "70.0 (0.1), 50.0 (0.03)"],
         ["BatchNorm, Muon", "0.01", "45.0 ± 7.1 %", "0.50 (0.50 to 0.50)", "44.0 ± 7.1 %", "40.0 (0.01)"],
     ]
+    marks = [run.get("same_seconds", False) for run in result["runs"]]
+    assert marks == [False] * 8 + [True] * 4 and result["times"] == {"vgg11@0.0625": TIMES}
     assert "74.0 ± 7.1 %" in capsys.readouterr().out
 
 

@@ -92,8 +92,7 @@ def _title(network: str) -> str:
 def _draw(figure: Figure, runs: Runs, times: Mapping[str, Any]) -> None:
     from netdeconv.lab.plots import tidy
 
-    width = max(6.0, 4.0 * len(times))
-    figure.set_size_inches(width, 4.6)
+    figure.set_size_inches(max(6.0, 4.0 * len(times)), 4.6)
     panels = figure.subplots(1, len(times), squeeze=False)[0]
     for axes, (network, time) in zip(panels, times.items(), strict=True):
         for method, mine in _methods(runs, network).items():
