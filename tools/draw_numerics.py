@@ -15,7 +15,8 @@ from netdeconv.lab.data import photographs
 from netdeconv.lab.plots import LINES, png, tidy
 from netdeconv.reference import ns_gain
 
-STEPS = (1, 3, 5, 15)
+STEPS = (1, 3, 4, 5, 15)
+OF_PATCHES = (3, 5, 15)  # in the picture of correlations
 SMALLEST = 1e-6  # relative eigenvalue, on the left of the picture of gains
 CHANNELS, TAPS, BLOCK = 8, 4, 4  # of the picture of blocks
 
@@ -41,7 +42,7 @@ def correlations() -> Figure:
     cov = patch_covariance(photographs(), 3)
     eye = torch.eye(len(cov), dtype=cov.dtype)
     panels = [("patches as they are", correlation(cov))]
-    for steps in STEPS[1:]:
+    for steps in OF_PATCHES:
         scaled = correlation(cov) + 1e-5 * eye
         root = inverse_sqrt(scaled, num_iters=steps, solver="newton_schulz")
         panels.append((f"{steps} steps", correlation(root @ scaled @ root)))
