@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import re
 
 import pytest
 import torch
@@ -73,9 +74,17 @@ def test_no_two_norms_look_alike() -> None:
 
 
 def test_groups_of_the_group_norms() -> None:
-    net = nn.Sequential(nn.BatchNorm2d(64), nn.BatchNorm2d(48))
+    sizes = (128, 64, 48, 32, 6, 3)
+    net = nn.Sequential(*map(nn.BatchNorm2d, sizes))
     groups = {norm: [m.num_groups for m in with_norm(net, norm)] for norm in ("gn", "ln", "in")}  # type: ignore[union-attr, misc]
-    assert groups == {"gn": [32, 16], "ln": [1, 1], "in": [64, 48]}
+    assert groups == {"gn": [32, 16, 12, 8, 1, 1], "ln": [1] * 6, "in": list(sizes)}
+    assert [m.num_groups for m in with_norm(net, "gn+ws")] == groups["gn"]  # type: ignore[union-attr, misc]
+
+
+@pytest.mark.parametrize("norm", sorted(set(NORMS) - {"bn", "nd", "nd-paper", "nd-authors", "dbp"}))
+def test_without_batch_norms_there_is_nothing_to_replace(norm: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--norm {re.escape(norm)}: expected .* batch norms, .* vit without"):
+        with_norm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm(8)), norm, name="vit")
 
 
 def test_whitening_settings_reach_every_layer(resnet: nn.Module) -> None:
@@ -191,7 +200,7 @@ def test_the_transformer_is_whitened_in_every_layer() -> None:
     layers = [module for module in new.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     assert len(layers) == 1 + 6 * 4 + 1 and all(map(is_whitened, layers))
     for norm, kinds in (("nd", (WhitenedConv2d, WhitenedLinear)), ("dbp", (DecorrelatedConv2d, DecorrelatedLinear))):
-        named = with_norm(net, norm, name="vit")
+        named = with_norm(net, norm, name="ViT")
         paths = [path for path, module in named.named_modules() if isinstance(module, kinds)]
         assert len(paths) == 6 * 4 and all(path.startswith("blocks.") for path in paths)
         assert type(named.get_submodule("head")) is nn.Linear

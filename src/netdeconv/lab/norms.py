@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
@@ -26,7 +25,9 @@ __all__ = ["NORMS", "Norm", "with_norm"]
 Value = TypeVar("Value")
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_REPLACING = ("gn", "ln", "in", "iternorm", "swbn", "gn+ws", "none")  # norms that do nothing where there are none
 _GROUPS = 32  # of Wu and He, Group Normalization, ECCV 2018
+_CHANNELS = 4  # of a group at least: with one it would be instance normalisation
 # Layers that stay plain under network deconvolution and DBP. After 60 steps of the transformer on CIFAR-10 the training
 # loss is 1.78 so and 2.01 with them whitened (1.88 with the patches alone, 1.93 with the head alone; plain 1.93).
 _PLAIN = {"vit": ("patches", "head")}
@@ -81,20 +82,26 @@ def with_norm(
         norm: one of :data:`NORMS`.
         whitening: settings of :class:`netdeconv.WhiteningConfig` that differ from the norm's own; only for norms
             that are network deconvolution.
-        name: of the network. Of ``"vit"`` patches and head stay plain under ``"nd"`` and ``"dbp"``. The published
-            procedure has smaller blocks for linear layers in networks of torchvision. ``"nd-authors"`` leaves the
-            batch norms of :data:`netdeconv.zoo.PUBLISHED_EXCLUDE`, and takes the authors' number of Newton-Schulz
+        name: of the network, in any case. Of ``"vit"`` patches and head stay plain under ``"nd"`` and ``"dbp"``. The
+            published procedure has smaller blocks for linear layers in networks of torchvision. ``"nd-authors"`` leaves
+            the batch norms of :data:`netdeconv.zoo.PUBLISHED_EXCLUDE`, and takes the authors' number of Newton-Schulz
             steps in the first layer and inside MobileNetV2 and ResNeXt; it does not freeze the first layer at times,
             nor change the block size inside MobileNetV2, as their code does.
 
     Raises:
-        ConfigError: unknown norm or setting, or a setting that cannot apply.
+        ConfigError: unknown norm or setting, a setting that cannot apply, or no batch norm for a norm that takes its
+            place.
     """
     if norm not in NORMS:
         raise ConfigError(f"--norm: there is no {norm}. {nearest(norm, NORMS)}")
     whitening = dict(whitening or {})
     _check_settings(norm, whitening)
-    return NORMS[norm].make(model, whitening, name or "")
+    if norm in _REPLACING and not any(isinstance(module, _BATCH_NORMS) for module in model.modules()):
+        raise ConfigError(
+            f"--norm {norm}: expected a network with batch norms, whose place it takes, got {name or 'one'} without. "
+            "Leave it out, or use bn, which changes nothing here, nd or dbp"
+        )
+    return NORMS[norm].make(model, whitening, (name or "").lower())
 
 
 def _check_settings(norm: str, whitening: Mapping[str, Any]) -> None:
@@ -152,8 +159,9 @@ def _swapped(model: nn.Module, swap: Callable[[nn.Module], nn.Module | None]) ->
 
 
 def _group_norm(channels: int) -> nn.Module:
-    """With as many groups as the channels and 32 have for a common divisor."""
-    return nn.GroupNorm(math.gcd(channels, _GROUPS), channels)
+    """With as many groups as 32 and 4 channels in each allow; one group where there are too few channels."""
+    allowed = (n for n in range(min(_GROUPS, channels // _CHANNELS), 0, -1) if channels % n == 0)
+    return nn.GroupNorm(next(allowed, 1), channels)
 
 
 def _like(layer: nn.Module, kinds: Mapping[type, Callable[..., nn.Module]]) -> nn.Module | None:
@@ -218,7 +226,7 @@ NORMS = {
         make=partial(_published, exceptions=True),
     ),
     "gn": Norm(
-        text="group normalisation, 32 groups",
+        text="group normalisation, at most 32 groups, of at least 4 channels",
         label="GroupNorm",
         line=("#009E73", "D", "--"),
         make=_each(_group_norm),
@@ -254,7 +262,7 @@ NORMS = {
         make=_each(partial(SWBN, step=_SWBN_STEP)),
     ),
     "gn+ws": Norm(
-        text="group normalisation, and convolutions with standardised weights",
+        text="group normalisation as gn, and convolutions with standardised weights",
         label="GroupNorm + WS",
         line=("#01665E", "d", "-."),
         make=_standardised,
