@@ -267,6 +267,25 @@ def test_other_channels_are_refused(kind: type[nn.Module]) -> None:
         kind(4)(torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize("kind", [IterNorm, SWBN])
+@pytest.mark.parametrize("shape", [(1, 4), (0, 4, 5, 5), (1, 4, 1, 1)])
+def test_one_value_has_no_variance(kind: type[nn.Module], shape: tuple[int, ...]) -> None:
+    layer, before = kind(4), kind(4).state_dict()
+    with pytest.raises(ValueError, match="expected more than 1 value per channel when training, got x of shape"):
+        layer(torch.zeros(shape))
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+    assert layer.eval()(torch.zeros(shape)).shape == shape
+
+
+def test_dbp_takes_a_single_row() -> None:
+    row = DecorrelatedLinear(6, 6, step=0.1)
+    batch = copy.deepcopy(row)
+    x = correlated(1, 6).float()
+    close(row(x[0]), batch(x)[0])
+    close(row.decorrelation, batch.decorrelation)
+    assert not torch.equal(row.decorrelation[0], torch.eye(6))
+
+
 def test_other_mistakes_are_refused() -> None:
     with pytest.raises(ValueError, match="criterion 'fro' or 'kl', got 'nuc'"):
         SWBN(4, criterion="nuc")

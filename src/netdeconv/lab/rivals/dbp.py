@@ -118,4 +118,4 @@ class DecorrelatedLinear(_Decorrelated, nn.Linear):
         return F.linear(x, self.folded_weight(self._has_news(x)), self.bias)
 
     def _patches(self, x: Tensor) -> Tensor:
-        return self._part(x).reshape(1, -1, self.in_features)
+        return self._part(x.reshape(-1, self.in_features))[None]

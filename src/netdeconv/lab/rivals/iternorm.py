@@ -29,7 +29,8 @@ class IterNorm(nn.Module):
         momentum: weight of a batch in the running values.
 
     Raises:
-        ValueError: x has another number of channels, or too few dimensions.
+        ValueError: x has another number of channels, too few dimensions, or in training fewer than two values for each
+            channel.
 
     Source: Huang et al., Iterative Normalization, CVPR 2019, algorithm 1.
     """
@@ -64,13 +65,13 @@ class IterNorm(nn.Module):
         rows, groups = channels_first(x), self.num_features // self.group_size
         if self.training:
             mean = rows.mean(1)
-            centred = (rows - mean[:, None]).view(groups, self.group_size, -1)
+            centred = (rows - mean[:, None]).view(groups, self.group_size, rows.shape[1])
             root = self._root(centred)
             with torch.no_grad():
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
                 self.running_root.lerp_(root.to(self.running_root.dtype), self.momentum)
         else:
-            centred = (rows - self.running_mean.to(rows.dtype)[:, None]).view(groups, self.group_size, -1)
+            centred = (rows - self.running_mean.to(rows.dtype)[:, None]).view(groups, self.group_size, rows.shape[1])
             root = self.running_root.to(rows.dtype)
         scaled = root * self.weight.to(rows.dtype).view(groups, -1, 1)
         shift = self.bias.to(rows.dtype).view(groups, -1, 1)
@@ -96,12 +97,17 @@ def check_channels(layer: nn.Module, x: Tensor, channels: int) -> None:
     """Refuse what cannot be normalised over its channels.
 
     Raises:
-        ValueError: too few dimensions, or another number of channels.
+        ValueError: too few dimensions, another number of channels, or in training fewer than two values for each.
     """
     if x.dim() < 2 or x.shape[1] != channels:
         raise ValueError(
             f"{type(layer).__name__}: expected x of shape (N, {channels}) or (N, {channels}, ...), got "
             f"{tuple(x.shape)}. Pass num_features={x.shape[1] if x.dim() > 1 else '...'}, or a batch."
+        )
+    if layer.training and x.numel() < 2 * channels:
+        raise ValueError(
+            f"{type(layer).__name__}: expected more than 1 value per channel when training, got x of shape "
+            f"{tuple(x.shape)}. Take a larger batch, or evaluation mode."
         )
 
 

@@ -33,7 +33,8 @@ class SWBN(nn.Module):
         momentum: weight of a batch in the running values.
 
     Raises:
-        ValueError: no such criterion; x has another number of channels, or too few dimensions.
+        ValueError: no such criterion; x has another number of channels, too few dimensions, or in training fewer than
+            two values for each channel.
 
     Source: Zhang et al., Stochastic Whitening Batch Normalization, CVPR 2021, arXiv 2106.04413, eq. 3.
     """
