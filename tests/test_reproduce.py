@@ -156,6 +156,21 @@ def test_a_part_belongs_to_one_process_until_it_ends(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.lock"))
 
 
+def test_a_part_is_not_finished_without_its_file(tmp_path: Path) -> None:
+    workspace, weights = Workspace(tmp_path, code=(), progress=Progress(show=False)), tmp_path / "weights.pt"
+
+    def compute() -> dict[str, Any]:
+        weights.write_text(f"{len(times)}")
+        times.append(len(times))
+        return {"time": times[-1]}
+
+    times: list[int] = []
+    assert [workspace.part("net", {}, compute, beside=weights) for _ in range(2)] == [{"time": 0}] * 2
+    weights.unlink()
+    assert workspace.part("net", {}, compute, beside=weights) == {"time": 1}
+    assert weights.read_text() == "1"
+
+
 def test_parts_are_found_by_their_exact_settings(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path, code=(), progress=Progress(show=False))
     settings = {"rate": 0.1, "grid": (1, 2)}

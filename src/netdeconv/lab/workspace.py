@@ -60,7 +60,14 @@ class Workspace:
         self._computed: set[Path] = set()
         self._looked = False
 
-    def part(self, name: str, settings: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    def part(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        compute: Callable[[], Mapping[str, Any]],
+        *,
+        beside: Path | None = None,
+    ) -> dict[str, Any]:
         """A part's result as JSON gives it back: computed now, or found from an earlier run.
 
         It is found again while ``settings``, torch's version, the code and the device are the same. Where another
@@ -70,16 +77,22 @@ class Workspace:
             name: short and unique in this experiment, for the file and the progress.
             settings: everything that the part depends on, plain values.
             compute: does the work.
+            beside: file that ``compute`` writes as well; where it is missing, the part is not finished.
         """
-        while (result := self.part_if_free(name, settings, compute)) is None:
+        while (result := self.part_if_free(name, settings, compute, beside=beside)) is None:
             time.sleep(_POLL)
         return result
 
     def part_if_free(
-        self, name: str, settings: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        compute: Callable[[], Mapping[str, Any]],
+        *,
+        beside: Path | None = None,
     ) -> dict[str, Any] | None:
         """The same, but ``None`` at once where another process with the same folder is computing it."""
-        if (found := self.finished(name, settings)) is not None:
+        if (found := self.finished(name, settings, beside=beside)) is not None:
             return found
         path = self.path(name, settings)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +102,7 @@ class Workspace:
         except Timeout:
             return None
         try:
-            if self._fresh or self._kept(path, settings) is None:
+            if self._fresh or self._kept(path, settings, beside) is None:
                 self._say_what_is_not_used()
                 start = time.perf_counter()
                 result = compute()
@@ -101,12 +114,14 @@ class Workspace:
             lock.release()
         with contextlib.suppress(OSError):
             Path(lock.lock_file).unlink()
-        return self.finished(name, settings)
+        return self.finished(name, settings, beside=beside)
 
-    def finished(self, name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    def finished(
+        self, name: str, settings: Mapping[str, Any], *, beside: Path | None = None
+    ) -> dict[str, Any] | None:
         """A part's result if there is one, whichever process computed it."""
         path = self.path(name, settings)
-        kept = self._kept(path, settings)
+        kept = self._kept(path, settings, beside)
         if kept is None or (self._fresh and path not in self._computed):
             return None
         if path not in self._counted:
@@ -129,9 +144,10 @@ class Workspace:
         known = {**settings, "torch": torch.__version__, "code": self.code}
         return known if self.device == "cpu" else {**known, "device": self.device}
 
-    def _kept(self, path: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    def _kept(self, path: Path, settings: Mapping[str, Any], beside: Path | None) -> dict[str, Any] | None:
         found = read_json(path)
-        return found if found and found.get("settings") == finite(self._identity(settings)) else None
+        same = found and found.get("settings") == finite(self._identity(settings))
+        return found if same and (beside is None or beside.is_file()) else None
 
     def _say_what_is_not_used(self) -> None:
         """Say once that all results there are by other code or another torch; later some are by today's."""

@@ -38,7 +38,7 @@ class TrainedSettings:
     images: int = option(512, "test images to look at")
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check_fields(self, may_be_zero=("seed", "weight_decay"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,13 +77,11 @@ def trained(workspace: Workspace, settings: TrainedSettings, norm: str) -> Train
     folder, code = workspace.folder.parent / "trained", (*LIBRARY, *CODE)
     shared = Workspace(folder, code=code, progress=workspace.progress, device=workspace.device)
     data, weights = DataSets(), shared.path(training.name, about, "pt")
-    if not weights.is_file():
-        shared.path(training.name, about).unlink(missing_ok=True)
 
     def compute() -> dict[str, Any]:
         return dataclasses.asdict(train(training, shared, data, weights=weights))
 
-    record = shared.part(training.name, about, compute)
+    record = shared.part(training.name, about, compute, beside=weights)
     workspace.seconds += shared.seconds
 
     def look() -> tuple[nn.Module, Tensor]:
