@@ -24,6 +24,7 @@ from netdeconv.lab.experiments import rivals
 from netdeconv.lab.experiments.rivals import RivalsSettings, planned
 from netdeconv.lab.experiments.rivals_report import present
 from netdeconv.lab.methods import Method
+from netdeconv.lab.networks import network
 from netdeconv.lab.optimizers import MuonAndAdamW, make_optimizer
 from netdeconv.lab.train import Record
 
@@ -125,8 +126,10 @@ def test_the_benchmark_takes_methods_by_name() -> None:
 
 def small_network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, groups=4), nn.Flatten(),
-                         nn.Linear(16, 5)).double()  # fmt: skip
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, groups=4),
+        nn.Flatten(), nn.Linear(16, 16), nn.Linear(16, 5),
+    ).double()  # fmt: skip
 
 
 def steps(net: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
@@ -143,14 +146,14 @@ def same(net: nn.Module, other: nn.Module) -> bool:
 
 
 def test_muon_takes_matrices_and_adamw_the_rest() -> None:
-    """Against the two optimisers of torch by hand, the convolution's weight as a matrix."""
+    """Against the two optimisers of torch by hand, the weight of the convolution inside as a matrix."""
     net, other = small_network(), small_network()
     steps(net, make_optimizer("muon", rate=0.02, weight_decay=9)(net.parameters()), 3)
-    conv: Any = other[0]  # type: ignore[index]
+    conv, linear = other[2], other[5]  # type: ignore[index]
     matrix = nn.Parameter(conv.weight.detach().flatten(1))
     options: Any = {"lr": 0.02, "weight_decay": 0.05}
-    muon = torch.optim.Muon([matrix, other[4].weight], **options, adjust_lr_fn="match_rms_adamw")  # type: ignore[index, list-item]
-    rest = [p for p in other.parameters() if p is not conv.weight and p is not other[4].weight]  # type: ignore[index]
+    muon = torch.optim.Muon([matrix, linear.weight], **options, adjust_lr_fn="match_rms_adamw")
+    rest = [p for p in other.parameters() if p is not conv.weight and p is not linear.weight]
     adamw = torch.optim.AdamW(rest, **options)
 
     class Both:
@@ -172,7 +175,7 @@ def test_muon_goes_on_and_bears_channels_last() -> None:
     steps(net, make_optimizer("muon", rate=0.02, weight_decay=0)(net.parameters()), 4)
     first = make_optimizer("muon", rate=0.02, weight_decay=0)(other.parameters())
     steps(other, first, 4)
-    torch.testing.assert_close(other[0].weight, net[0].weight, rtol=0.02, atol=1e-3)  # type: ignore[index]  # bfloat16
+    torch.testing.assert_close(other[2].weight, net[2].weight, rtol=0.02, atol=1e-3)  # type: ignore[index]  # bfloat16
     first.param_groups[0]["lr"] = 0.01
     state = copy.deepcopy(first.state_dict())
     again = small_network().to(memory_format=torch.channels_last)
@@ -186,6 +189,38 @@ def test_muon_goes_on_and_bears_channels_last() -> None:
     second.param_groups[0]["lr"] = 0.0  # as a schedule ends
     steps(again, second, 1)
     assert same(other, again)
+
+
+@pytest.mark.parametrize("name", ["vgg11", "resnet18", "densenet121", "mobilenet_v2", "senet18", "vit"])
+def test_muon_leaves_the_first_and_the_last_layer(name: str) -> None:
+    """The first convolution, the positions before it and the classifier of 7 classes."""
+    net = network(name, 0.25, 7, image_size=32)
+    memory = {matrix.data_ptr() for matrix in _matrices_of(net)}
+    muon = [p for p in net.parameters() if p.data_ptr() in memory]
+    first = next(m for m in net.modules() if isinstance(m, nn.Conv2d)).weight
+    head = [p for p in net.parameters() if p.dim() > 1 and len(p) == 7]
+    assert len(head) == 1 and muon
+    left = [first, *head, *(p for n, p in net.named_parameters() if n == "position")]
+    assert not any(p is q for p in muon for q in left)
+    weights = [p for p in net.parameters() if p.dim() > 1 and p[0].numel() > 9]
+    assert len(weights) == len(muon) + len(left)
+
+
+def _matrices_of(net: nn.Module) -> list[torch.Tensor]:
+    optimizer: Any = make_optimizer("muon", rate=0.1, weight_decay=0)(net.parameters())
+    (muon,) = (part for part, _ in optimizer._parts if isinstance(part, torch.optim.Muon))
+    return muon.param_groups[0]["params"]
+
+
+def test_muon_heeds_a_group_and_refuses_another() -> None:
+    net, other = small_network(), small_network()
+    changed: Any = make_optimizer("muon", rate=0.02, weight_decay=0)(net.parameters())
+    changed.param_groups[0].update(lr=0.01, weight_decay=0.3)
+    steps(net, changed, 2)
+    steps(other, MuonAndAdamW(other.parameters(), lr=0.01, weight_decay=0.3), 2)
+    assert same(net, other)
+    with pytest.raises(ValueError, match="expected all parameters when the optimiser is made, got another group"):
+        changed.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
 
 
 def test_methods_by_name() -> None:

@@ -33,23 +33,31 @@ def make_optimizer(
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """:class:`torch.optim.Muon` for weights of layers, :class:`torch.optim.AdamW` for the rest, at one learning rate.
+    """:class:`torch.optim.Muon` for weights of hidden layers, :class:`torch.optim.AdamW` for the rest, at one rate.
 
     Weights of convolutions are matrices of one row for each output channel. Muon's steps are as long as AdamW's
-    (``adjust_lr_fn="match_rms_adamw"``), so that one rate and one weight decay serve both. Vectors, and matrices with
-    at most as many columns as a colour or a kernel's taps (9: of a depthwise convolution), are AdamW's.
+    (``adjust_lr_fn="match_rms_adamw"``), so that one rate and one weight decay serve both. AdamW has, as Muon's authors
+    advise, the weights of the first and the last layer, and all that is no matrix: vectors, and matrices with at most
+    as many columns as a colour or a kernel's taps (9: of a depthwise convolution).
+
+    The first layer is the first convolution, with whatever comes before it (an embedding of positions), or the first
+    matrix if there is no convolution; the last one has the last matrix. So parameters must come in the order of the
+    layers, as :meth:`torch.nn.Module.parameters` gives them.
 
     Args:
-        params: parameters, or groups of them.
-        lr, weight_decay: of both.
+        params: parameters, or groups of them; all of them, none can be added later.
+        lr, weight_decay: of both; those of a group may be changed between steps.
+
+    Source: Jordan et al., Muon: An optimizer for hidden layers in neural networks, 2024.
     """
 
     def __init__(self, params: Iterable[Any], *, lr: float, weight_decay: float) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self._parts: list[tuple[torch.optim.Optimizer, int]] = []  # and the number of its group
         self._matrices: list[tuple[nn.Parameter, nn.Parameter]] = []  # a weight, and the matrix in the same memory
+        hidden = _hidden_weights([p for group in self.param_groups for p in group["params"]])
         for number, group in enumerate(self.param_groups):
-            weights = [p for p in group["params"] if p.dim() > 1 and p[0].numel() > 9]
+            weights = [p for p in group["params"] if any(p is weight for weight in hidden)]
             others = [p for p in group["params"] if all(p is not weight for weight in weights)]
             matrices = [nn.Parameter(_as_matrix(p.detach(), like=p)) for p in weights]
             self._matrices += zip(weights, matrices, strict=True)
@@ -58,6 +66,19 @@ class MuonAndAdamW(torch.optim.Optimizer):
                 self._parts.append((muon, number))
             if others:
                 self._parts.append((torch.optim.AdamW(others, lr=lr, weight_decay=weight_decay), number))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse another group, which no optimiser would take a step for.
+
+        Raises:
+            ValueError: always, once the optimiser is made.
+        """
+        if hasattr(self, "_parts"):
+            raise ValueError(
+                "MuonAndAdamW: expected all parameters when the optimiser is made, got another group. Make a new one "
+                "with all of them."
+            )
+        super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """The groups, and what both optimisers keep."""
@@ -71,7 +92,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of both, at the learning rates that the groups have now."""
+        """One step of both, at the learning rates and weight decays that the groups have now."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -81,9 +102,16 @@ class MuonAndAdamW(torch.optim.Optimizer):
             matrix.grad = None if weight.grad is None else _as_matrix(weight.grad, like=weight)
         for part, number in self._parts:
             for own in part.param_groups:
-                own["lr"] = self.param_groups[number]["lr"]
+                own |= {name: self.param_groups[number][name] for name in ("lr", "weight_decay")}
             part.step()
         return loss
+
+
+def _hidden_weights(params: list[Tensor]) -> list[Tensor]:
+    """The weights of layers between the first and the last one."""
+    weights = [p for p in params if p.dim() > 1]
+    first = next((number for number, p in enumerate(weights) if p.dim() > 2), 0)
+    return [p for p in weights[first + 1 : -1] if p[0].numel() > 9]
 
 
 def _as_matrix(tensor: Tensor, *, like: Tensor) -> Tensor:
