@@ -124,6 +124,16 @@ def test_the_best_rate_is_that_of_the_mean_over_seeds() -> None:
     assert comparison.accuracy_cell(comparison.by_rate(runs)[0.1]) == "50.0 ± 56.6 %"
 
 
+def test_more_seeds_do_not_change_the_rate() -> None:
+    """By the mean over seeds 0.02 would be best; by the one seed that both rates have, 0.1 is."""
+    runs = [run_of("bn", 0.1, 0.7, seed=3), run_of("bn", 0.02, 0.6, seed=3), run_of("bn", 0.1, 0.3, seed=4)]
+    assert [run["seed"] for run in comparison.tuned(runs)] == [3, 4]
+    assert comparison.best_rate(runs) == 0.02
+    assert shown("mlp", runs).tables[0].rows[0][1] == "0.1"
+    alone = run_of("bn", 0.02, 0.9, seed=0)  # the other rate has no such seed
+    assert comparison.tuned([alone, *runs]) == [runs[0], runs[2]]
+
+
 def test_a_run_that_is_not_finite_counts_nothing() -> None:
     assert comparison.finals([run_of("bn", 0.1, 0.5, curves={"test/accuracy": [None]})]) == [0]
 

@@ -26,6 +26,7 @@ __all__ = [
     "loss_cell",
     "percent",
     "rates_cell",
+    "tuned",
 ]
 
 METHODS = {norm: str(NORMS[norm]) for norm in ("bn", "nd")}  # compared in most experiments, in full
@@ -70,6 +71,16 @@ def best_rate(runs: Iterable[Run], logged: str = ACCURACY) -> float:
 def best(runs: Sequence[Run], logged: str = ACCURACY) -> list[Run]:
     """The runs at the best rate."""
     return by_rate(runs)[best_rate(runs, logged)]
+
+
+def tuned(runs: Iterable[Run]) -> list[Run]:
+    """The runs at the rate that is best with one seed, the lowest that every rate has.
+
+    So further seeds, which the best rate alone is given, do not change which one that is.
+    """
+    rates = by_rate(runs)
+    seed = min(set.intersection(*({run["seed"] for run in same} for same in rates.values())))
+    return rates[best_rate(run for same in rates.values() for run in same if run["seed"] == seed)]
 
 
 def percent(values: Sequence[float]) -> str:

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 from netdeconv.lab.experiments.comparison import (
     accuracy_cell,
     at_epochs,
-    best,
-    best_rate,
     grouped,
     line,
     loss_cell,
     rates_cell,
+    tuned,
 )
 from netdeconv.lab.experiments.experiment import Experiment, Picture, Presentation
 from netdeconv.lab.norms import NORMS
@@ -69,7 +68,8 @@ def run(settings: MlpSettings, workspace: Workspace) -> Mapping[str, Any]:
     for seed in range(1, settings.seeds):
         for dataset, norm in dict.fromkeys((one.dataset, one.norm) for one in first):
             mine = [run for run in found["runs"] if (run["dataset"], run["norm"]) == (dataset, norm)]
-            like = next(one for one in first if (one.dataset, one.norm, one.rate) == (dataset, norm, best_rate(mine)))
+            place = (dataset, norm, tuned(mine)[0]["rate"])
+            like = next(one for one in first if (one.dataset, one.norm, one.rate) == place)
             others.append(dataclasses.replace(like, seed=seed))
     return run_trainings(others, workspace, before=found["runs"])
 
@@ -79,7 +79,7 @@ def present(result: Mapping[str, Any]) -> Presentation:
     cases = grouped(result["runs"], lambda run: (run["dataset"], run["norm"]))
     rows = []
     for (dataset, norm), runs in cases.items():
-        chosen = best(runs)
+        chosen = tuned(runs)
         accuracy, loss = (at_epochs(chosen, logged) for logged in ("test/accuracy", "train/loss"))
         rows.append(
             [
@@ -97,8 +97,8 @@ def present(result: Mapping[str, Any]) -> Presentation:
     note = (
         f"Three linear layers with 128 sigmoid units in the hidden ones; {first['epochs']} epochs, batch "
         f"{first['batch_size']}, SGD with momentum 0.9, cosine per step, no augmentation; test accuracy; the loss is "
-        "the training loss, mean over the epoch. Best rate: best on the test images, for all alike; ± is the standard "
-        "deviation over seeds, where there are several."
+        "the training loss, mean over the epoch. Best rate: best on the test images with the first "
+        "seed, for all alike; ± is the standard deviation over seeds, where there are several."
     )
     table = Table(columns, rows, title="Multi-layer perceptron", note=note)
     figure = Picture("mlp-loss", "Training loss by epoch, each norm at its best rate.", lambda f: _draw(f, cases))
@@ -113,7 +113,7 @@ def _draw(figure: Figure, cases: Mapping[tuple[str, str], list[Mapping[str, Any]
     for axes, dataset in zip(figure.subplots(1, len(datasets), squeeze=False)[0], datasets, strict=True):
         for norm, one in NORMS.items():
             if (dataset, norm) in cases:
-                runs = best(cases[dataset, norm])
+                runs = tuned(cases[dataset, norm])
                 line(axes, at_epochs(runs, "train/loss"), f"{one.label}, rate {runs[0]['rate']:g}", one.style)
         axes.set(xlabel="epoch", ylabel="training loss", title=_DATASETS[dataset], yscale="log")
         axes.legend(fontsize=8, frameon=False)
