@@ -18,7 +18,7 @@ from netdeconv.lab.options import check_fields, option
 from netdeconv.lab.train import CODE, Training, run_trainings
 from netdeconv.lab.workspace import Workspace
 
-__all__ = ["DEPTHWISE", "EXPERIMENT", "CifarSettings", "network_and_width"]
+__all__ = ["DEPTHWISE", "EXPERIMENT", "CifarSettings", "network_and_width", "network_text"]
 
 # The paper's ten networks, with the factor on their channels at which two cores can train them.
 _WIDTHS = {
@@ -35,7 +35,7 @@ class CifarSettings:
     """What is trained. There is no validation part, as in the paper's code: best means best on the test images.
 
     Raises:
-        ConfigError: a value out of range, or no such network.
+        ConfigError: a value out of range, no such network, or one network twice, however its width is written.
     """
 
     networks: tuple[str, ...] = option(
@@ -55,9 +55,8 @@ class CifarSettings:
     )
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        for one in self.networks:
-            network_and_width(one)
+        object.__setattr__(self, "networks", tuple(network_text(*network_and_width(one)) for one in self.networks))
+        check_fields(self, may_be_zero=("weight_decay",))
 
 
 def network_and_width(text: str) -> tuple[str, float]:
@@ -73,6 +72,11 @@ def network_and_width(text: str) -> tuple[str, float]:
     if width and not _is_factor(width):
         raise ConfigError(f"expected a factor on the channels behind the @ of {text!r}, above 0 and up to 4")
     return name, float(width or 1)
+
+
+def network_text(name: str, width: float) -> str:
+    """The text that :func:`network_and_width` reads, always the same for one network: ``"vgg11@0.25"``, ``"vgg11"``."""
+    return name if width == 1 else f"{name}@{width:.15g}"
 
 
 def _is_factor(text: str) -> bool:

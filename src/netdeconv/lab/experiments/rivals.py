@@ -8,15 +8,19 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
+from netdeconv.lab.allocator import keep_freed_memory
 from netdeconv.lab.benchmark import step
 from netdeconv.lab.benchmark.settings import StepSettings
-from netdeconv.lab.experiments.cifar import DEPTHWISE, network_and_width
-from netdeconv.lab.experiments.comparison import best_rate
+from netdeconv.lab.benchmark.timing import Timings
+from netdeconv.lab.experiments.cifar import DEPTHWISE, network_and_width, network_text
+from netdeconv.lab.experiments.comparison import tuned
 from netdeconv.lab.experiments.experiment import Experiment
 from netdeconv.lab.experiments.rivals_report import of_method, present
 from netdeconv.lab.methods import Method
 from netdeconv.lab.options import check_fields, option
-from netdeconv.lab.train import CODE, DataSets, Training, run_trainings
+from netdeconv.lab.train import CODE, Training, run_trainings
 from netdeconv.lab.workspace import Workspace
 
 __all__ = ["EXPERIMENT", "RivalsSettings"]
@@ -27,7 +31,7 @@ class RivalsSettings:
     """What is trained. There is no validation part: best means best on the test images, for all alike.
 
     Raises:
-        ConfigError: a value out of range, no such network, or no such method.
+        ConfigError: a value out of range, no such network, no such method, or one of them twice, however written.
     """
 
     networks: tuple[str, ...] = option(
@@ -49,11 +53,9 @@ class RivalsSettings:
     rounds: int = option(32, "timed steps of each method, rounded up to whole refresh periods")
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        for network in self.networks:
-            network_and_width(network)
-        for method in self.methods:
-            Method.named(method)
+        object.__setattr__(self, "networks", tuple(network_text(*network_and_width(one)) for one in self.networks))
+        object.__setattr__(self, "methods", tuple(str(Method.named(one)) for one in self.methods))
+        check_fields(self, may_be_zero=("weight_decay",))
 
 
 def planned(settings: RivalsSettings) -> Iterator[Training]:
@@ -88,20 +90,20 @@ def run(settings: RivalsSettings, workspace: Workspace) -> Mapping[str, Any]:
     best = [_best(first, runs, network, method) for network in settings.networks for method in settings.methods]
     more = [dataclasses.replace(one, seed=seed) for seed in range(1, settings.seeds) for one in best]
     runs = run_trainings(more, workspace, before=runs, times=times)["runs"]
-    steps = settings.steps or len(DataSets().of(first[0]).train_dataloader())
+    steps = runs[0]["steps"] // settings.epochs
     slower = [
         _in_same_seconds(dataclasses.replace(one, seed=seed), steps, times)
         for seed in range(settings.seeds)
         for one in best
-        if (one.norm, one.optimizer) != Method.named(settings.methods[0])
+        if str(Method(one.norm, one.optimizer)) != settings.methods[0]
     ]
     return run_trainings(slower, workspace, before=runs, mark={"same_seconds": True}, times=times)
 
 
 def _best(first: list[Training], runs: list[dict[str, Any]], network: str, method: str) -> Training:
     """The first training of a method at its best rate."""
-    rate = best_rate(of_method(runs, *network_and_width(network), Method.named(method)))
-    place = (*network_and_width(network), *Method.named(method), rate)
+    case = (*network_and_width(network), Method.named(method))
+    place = (*case[:2], *case[2], tuned(of_method(runs, *case))[0]["rate"])
     return next(one for one in first if (one.network, one.width, one.norm, one.optimizer, one.rate) == place)
 
 
@@ -120,23 +122,19 @@ def _times(settings: RivalsSettings, network: str, workspace: Workspace) -> dict
         no_memory=True,
         channels_last=name in DEPTHWISE,
         device=workspace.device,
+        threads=torch.get_num_threads(),
     )
-
-    base = str(Method.named(settings.methods[0]))
 
     def compute() -> dict[str, Any]:
         result: dict[str, Any] = {}
+        keep_freed_memory()  # as the trainings do
         step.run(timed, workspace.progress, result)
         found = result["training"]
-        ratios = {kind.removesuffix("/bn"): one for kind, one in found["ratios"].items() if kind.endswith("/bn")}
-        ratios["bn"] = {"value": 1.0, "interval": [1.0, 1.0]}
-        over = ratios[base]["value"]
+        periods = {kind: one["period"] for kind, one in found["candidates"].items()}
+        timings = Timings(tuple(found["plan"]), periods, found["seconds"])
         return {
             "seconds": {kind: one["step"] for kind, one in found["candidates"].items()},
-            "ratios": {
-                kind: {"value": one["value"] / over, "interval": [end / over for end in one["interval"]]}
-                for kind, one in ratios.items()
-            },
+            "ratios": {kind: timings.ratio(kind, settings.methods[0]) for kind in settings.methods},
         }
 
     return workspace.part(f"times-{network}", dataclasses.asdict(timed), compute)
@@ -144,8 +142,8 @@ def _times(settings: RivalsSettings, network: str, workspace: Workspace) -> dict
 
 def _in_same_seconds(training: Training, steps: int, times: Mapping[str, Any]) -> Training:
     """With as many epochs and steps as take the first method's time; the rate falls to zero within them."""
-    key = next(network for network in times if network_and_width(network) == (training.network, training.width))
-    ratio = times[key]["ratios"][str(Method(training.norm, training.optimizer))]["value"]
+    method = str(Method(training.norm, training.optimizer))
+    ratio = times[network_text(training.network, training.width)]["ratios"][method]["value"]
     total = max(1, round(training.epochs * steps / ratio))
     epochs = math.ceil(total / steps)
     return dataclasses.replace(training, epochs=epochs, steps=max(1, round(total / epochs)))
@@ -175,6 +173,6 @@ EXPERIMENT = Experiment(
     present=present,
     code=(
         "lab/experiments/rivals.py", "lab/experiments/cifar.py", "lab/methods.py", "lab/benchmark/step.py",
-        "lab/benchmark/candidates.py", "lab/benchmark/timing.py", *CODE,
+        "lab/benchmark/candidates.py", "lab/benchmark/timing.py", "lab/allocator.py", *CODE,
     ),
 )  # fmt: skip

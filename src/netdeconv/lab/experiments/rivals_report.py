@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from netdeconv.lab.experiments.cifar import network_text
 from netdeconv.lab.experiments.cifar_report import NETWORKS
-from netdeconv.lab.experiments.comparison import accuracy_cell, at_epochs, best, by_rate, finals, grouped, line
+from netdeconv.lab.experiments.comparison import accuracy_cell, at_epochs, by_rate, finals, grouped, line, tuned
 from netdeconv.lab.experiments.experiment import Picture, Presentation
 from netdeconv.lab.methods import Method
 from netdeconv.lab.report import Table
@@ -28,17 +29,19 @@ def of_method(runs: Runs, network: str, width: float, method: Method) -> list[Ma
 def present(result: Mapping[str, Any]) -> Presentation:
     """What came out, also of a run that has not ended."""
     runs, times = result["runs"], result["times"]
+    first = runs[0]
+    first_method = Method(first["norm"], first["optimizer"])
     rows = []
     for network, time in times.items():
-        rows += [_row(network, method, mine, time) for method, mine in _methods(runs, network).items()]
-    first = runs[0]
-    base = _label(_network(first), Method(first["norm"], first["optimizer"]))
+        for method, mine in _methods(runs, network).items():
+            rows.append(_row(network, method, mine, time, is_base=method == first_method))
+    base = _label(_network(first), first_method)
     columns = ["network", "method", "rate", "same steps", "time of a step", "same seconds", "all rates"]
     epochs = "1 epoch" if first["epochs"] == 1 else f"{first['epochs']} epochs"
     note = (
         f"Test accuracy after {epochs}, mean and standard deviation over seeds. Batch {first['batch_size']}, cosine "
         f"per step; SGD has momentum 0.9 and weight decay {first['weight_decay']:g}. Rate: the best on the test images "
-        "with one seed, for all alike. Time of a step: over that of "
+        "with the first seed, for all alike. Time of a step: over that of "
         f"{base}, with a 95 % interval, of steps that took turns in one process. Same seconds: trained anew at that "
         f"rate, in as many steps as take the time of {base}. Width is the factor on the channels."
     )
@@ -54,27 +57,21 @@ def _methods(runs: Runs, network: str) -> dict[Method, list[Mapping[str, Any]]]:
 
 
 def _network(run: Mapping[str, Any]) -> str:
-    return run["network"] if run["width"] == 1 else f"{run['network']}@{run['width']:g}"
+    return network_text(run["network"], run["width"])
 
 
-def _same_steps(mine: Runs, *_: object) -> Runs:
+def _same_steps(mine: Runs) -> Runs:
     """The runs at the best rate."""
-    return best([run for run in mine if not run.get("same_seconds")])
+    return tuned(run for run in mine if not run.get("same_seconds"))
 
 
-def _same_seconds(mine: Runs, time: Mapping[str, Any], method: Method) -> Runs:
-    """The runs that had the first method's time; those of the first one itself are its runs at the best rate."""
-    anew = [run for run in mine if run.get("same_seconds")]
-    return anew if anew or time["ratios"][str(method)]["value"] != 1 else _same_steps(mine)
-
-
-def _row(network: str, method: Method, mine: Runs, time: Mapping[str, Any]) -> list[str]:
+def _row(network: str, method: Method, mine: Runs, time: Mapping[str, Any], *, is_base: bool) -> list[str]:
     whole = _same_steps(mine)
     tried = by_rate(run for run in mine if not run.get("same_seconds"))
     rates = ", ".join(f"{finals(same)[0]:.1f} ({rate:g})" for rate, same in reversed(tried.items()))
     ratio = time["ratios"][str(method)]
-    step = "1" if ratio["value"] == 1 else "{:.2f} ({:.2f} to {:.2f})".format(ratio["value"], *ratio["interval"])
-    seconds = accuracy_cell(_same_seconds(mine, time, method))
+    step = "1" if is_base else "{:.2f} ({:.2f} to {:.2f})".format(ratio["value"], *ratio["interval"])
+    seconds = accuracy_cell(whole if is_base else [run for run in mine if run.get("same_seconds")])
     label = _label(network, method)
     return [_title(network), label, f"{whole[0]['rate']:g}", accuracy_cell(whole), step, seconds, rates]
 
