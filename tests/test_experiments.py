@@ -235,6 +235,9 @@ def test_trials_of_other_processes_come_last_and_are_published(tmp_path: Path, m
     assert trained == [0.2, 0.3]
     assert published == [[0.1, 0.2], [0.1, 0.2, 0.3]]
     assert [run["steps"] for run in found] == [1, 2, 2]
+    # A second start, if it is stopped, has not put these three in the place of all that an experiment has published.
+    assert run_trainings(plan, workspace)["runs"] == found
+    assert published == [[0.1, 0.2], [0.1, 0.2, 0.3]]
 
 
 @pytest.mark.slow

@@ -269,7 +269,8 @@ def run_trainings(
     """The result of an experiment: settings and record of every training in ``runs``; finished ones are not repeated.
 
     Processes with the same run folder share the work: each takes the next training that no other one is at, and waits
-    for the others when none is left. What all of them have finished is published after every training.
+    for the others when none is left. What all of them have finished is published after every training
+    that was not finished at the start.
 
     Args:
         trainings: all of them.
@@ -281,8 +282,13 @@ def run_trainings(
     data = DataSets()
     plan = list(trainings)
     found: dict[int, dict[str, Any]] = {}
-    result: dict[str, Any] = {**about, "runs": list(before)}
+
+    def result() -> dict[str, Any]:
+        found.update({k: {**run, **(mark or {})} for k, run in _finished(plan, found, workspace).items()})
+        return {**about, "runs": [*before, *(found[one] for one in sorted(found))]}
+
     workspace.progress.expect(len(plan))
+    result()
     for attempt in (workspace.part_if_free, workspace.part):
         for number, training in enumerate(plan):
             if number in found:
@@ -291,10 +297,8 @@ def run_trainings(
             if attempt(training.name, training.settings(), compute) is None:
                 continue
             with workspace.alone():
-                found |= {k: {**run, **(mark or {})} for k, run in _finished(plan, found, workspace).items()}
-                result = {**about, "runs": [*before, *(found[one] for one in sorted(found))]}
-                workspace.publish(result)
-    return result
+                workspace.publish(result())
+    return result()
 
 
 def _record(training: Training, workspace: Workspace, data: DataSets) -> dict[str, Any]:
