@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from netdeconv import ConfigError
+from netdeconv.cli import main
 from netdeconv.lab import train
 from netdeconv.lab.data import DigitsData
 from netdeconv.lab.experiments import trained
@@ -20,6 +22,7 @@ from netdeconv.lab.experiments.registry import load
 from netdeconv.lab.experiments.results import Outcome, carry_out
 from netdeconv.lab.plots import png
 from netdeconv.lab.tasks import Classification
+from test_resume import interrupt, stop_at, terminate
 from variation import Variation
 
 
@@ -113,6 +116,23 @@ def test_a_training_by_a_recipe_goes_on_within_itself(tmp_path: Path, monkeypatc
     again = carried_out("imagenet", tmp_path / "stopped", **settings)
     assert len(done) == sum(steps) - steps[0] // 2
     assert again.record["result"] == whole.record["result"]
+
+
+@pytest.mark.parametrize(("stop", "code"), [(interrupt, 130), (terminate, 143)])
+@pytest.mark.parametrize("name", ["imagenet", "mlp"])  # by a recipe, and by a trainer of its own
+def test_a_stopped_training_says_once_how_it_goes_on(
+    name: str,
+    stop: Callable[[], None],
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stop_at(monkeypatch, "training_step", 2, stop)
+    options = ["--network", "small"] if name == "imagenet" else []
+    assert main(["reproduce", name, "--size", "smoke", "--out", str(tmp_path), "--quiet", *options]) == code
+    expected = f"Stopped. Finished parts are kept; the same command goes on from {tmp_path}."
+    assert capsys.readouterr().err.strip() == expected
 
 
 def test_a_training_that_diverges_is_a_result_as_well(tmp_path: Path) -> None:

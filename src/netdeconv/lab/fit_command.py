@@ -25,10 +25,10 @@ from netdeconv.lab.training.recipes import recipes
 if TYPE_CHECKING:
     from netdeconv.lab.training.command_line import Training
 
-__all__ = ["DIVERGED", "built", "run", "run_recipes"]
+__all__ = ["DIVERGED", "TERMINATED", "built", "run", "run_recipes"]
 
 DIVERGED = 1  # exit code of a training whose loss is NaN at the end
-_TERMINATED = 128 + signal.SIGTERM
+TERMINATED = 128 + signal.SIGTERM  # that of one that was asked to end
 
 # What Lightning says of runs that go on in their folder, of short epochs, of epochs without evaluation, and of machines
 # with more or fewer cores; and what torch's compiler says of itself.
@@ -47,8 +47,8 @@ _OTHER_SIZE = "The images do not have the size that the network takes: try anoth
 _OF_SETTINGS = {
     "Early stopping conditioned on metric|^Invalid [a-z_ ]+: ": "",
     "Output size is too small|greater than actual input size|shapes cannot be multiplied": _OTHER_SIZE,
-    "Expected more than 1 value per channel": "Batch normalisation cannot train on one image: try a --data.batch_size "
-    "that leaves no single image at the end of an epoch, or another --norm",
+    "[Ee]xpected more than 1 value per channel": "Batch normalisation cannot train on one image: try a "
+    "--data.batch_size that leaves no single image at the end of an epoch, or another --norm",
 }
 
 
@@ -58,7 +58,8 @@ def run(command: str, arguments: Sequence[str], *, quiet: bool = False) -> int:
     Args:
         command: ``"fit"``, ``"validate"`` or ``"test"``.
         arguments: what follows it on the command line.
-        quiet: in a terminal, do not say what is being waited for.
+        quiet: in a terminal, do not say what is being waited for; nor how a training that was stopped goes on, which
+            the caller does.
 
     Raises:
         ConfigError: a mistake of the user, or a full disk.
@@ -107,13 +108,14 @@ def run(command: str, arguments: Sequence[str], *, quiet: bool = False) -> int:
                 f"cannot write to {cli.out}: {error.strerror}. Make room. {_goes_on(cli)}"
             ) from error
         except SIGTERMException:
-            if cli.trainer.is_global_zero:
+            if cli.trainer.is_global_zero and not quiet:
                 print(f"netdeconv {command}: asked to end. {_goes_on(cli)}", file=sys.stderr)
-            return _TERMINATED
+            return TERMINATED
         except SystemExit:
             if not cli.trainer.interrupted:
                 raise
-            print(f"\n{_goes_on(cli)}", file=sys.stderr)
+            if not quiet:
+                print(f"\n{_goes_on(cli)}", file=sys.stderr)
             raise KeyboardInterrupt from None
 
 

@@ -33,7 +33,7 @@ def reproduce(arguments: Sequence[str], parser_class: type[argparse.ArgumentPars
         parser_class: how to complain.
 
     Returns:
-        Exit code: 0 done, 130 stopped.
+        Exit code: 0 done, 130 stopped, 143 asked to end.
 
     Raises:
         ConfigError: data that are not there, or settings that cannot apply. With ``all`` the others are run first.
@@ -118,15 +118,15 @@ def _shown(
             device=device,
             show=not args.quiet,
         )
-    except KeyboardInterrupt:
-        return _stopped(args.out)
+    except KeyboardInterrupt as stop:
+        return _stopped(args.out, stop)
     print(text(outcome) + "\n")
     return 0
 
 
-def _stopped(out: Path) -> int:
+def _stopped(out: Path, stop: KeyboardInterrupt) -> int:
     print(f"\nStopped. Finished parts are kept; the same command goes on from {out}.", file=sys.stderr)
-    return _INTERRUPTED
+    return stop.args[0] if stop.args else _INTERRUPTED  # a training that was asked to end says its exit code
 
 
 def _command(name: str, size: str, changes: dict[str, Any]) -> str:
@@ -188,8 +188,8 @@ def demo(args: argparse.Namespace) -> int:
                     show=not args.quiet,
                 )
             )
-    except KeyboardInterrupt:
-        return _stopped(args.out)
+    except KeyboardInterrupt as stop:
+        return _stopped(args.out, stop)
     page = args.out / "report.html"
     write_page(page, found)
     print(f"\n{text(found[0])}\n\n{page}: all of it, with pictures")

@@ -173,7 +173,7 @@ def train(training: Training, workspace: Workspace, data: DataSets, *, weights: 
 
     Raises:
         ConfigError: data that are not there, or settings that cannot apply.
-        KeyboardInterrupt: on Ctrl-C, where Lightning would exit with code 1.
+        KeyboardInterrupt: on Ctrl-C, where Lightning would exit with code 1; after SIGTERM with the exit code 143.
     """
     if training.recipe:
         assert weights is None and not training.fresh_statistics
@@ -181,7 +181,9 @@ def train(training: Training, workspace: Workspace, data: DataSets, *, weights: 
     images = data.of(training)
 
     from lightning.pytorch import Trainer
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+    from netdeconv.lab.fit_command import TERMINATED
     from netdeconv.lab.recorder import Recorder
     from netdeconv.lab.tasks import Classification
 
@@ -211,6 +213,8 @@ def train(training: Training, workspace: Workspace, data: DataSets, *, weights: 
         )
         try:
             trainer.fit(task, datamodule=images)
+        except SIGTERMException:
+            raise KeyboardInterrupt(TERMINATED) from None
         except SystemExit:
             if not trainer.interrupted:
                 raise
@@ -250,7 +254,7 @@ def _train_by_recipe(training: Training, workspace: Workspace) -> Record:
     ):
         code = run("fit", words, quiet=True)
     if code not in (0, DIVERGED):  # a rate that is too high is a result as well
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(code)
     with (folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     curves = {name: [float(row[name] or "nan") for row in rows] for name in rows[0] if "/" in name}
