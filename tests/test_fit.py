@@ -277,8 +277,9 @@ def test_a_folder_is_free_until_something_was_trained_in_it(
     assert "data.image_size 32, this one has 8" in complaint(capsys, *command)
 
 
-def test_batch_norm_of_one_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    net = ["fit", "--config=digits", "--network=torchvision:mobilenet_v3_small", "--norm=bn"]
+@pytest.mark.parametrize("norm", ["bn", "swbn"])
+def test_batch_norm_of_one_value(norm: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = ["fit", "--config=digits", "--network=torchvision:mobilenet_v3_small", f"--norm={norm}"]
     one = ["--data.batch_size=1", "--trainer.max_epochs=1", "--trainer.accelerator=cpu", f"--out={tmp_path}"]
     assert "Batch normalisation cannot train on one image" in complaint(capsys, *net, *one)
 
