@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from netdeconv import WhitenedConv2d, WhitenedLinear, WhiteningConfig
 from netdeconv.cli import main
 from netdeconv.lab import train
-from netdeconv.lab.experiments import comparison
+from netdeconv.lab.experiments import comparison, cost
 from netdeconv.lab.experiments.cost_flops import Convolution, convolutions, whitening_flops
 from netdeconv.lab.experiments.registry import EXPERIMENTS, load
 from netdeconv.lab.experiments.results import carry_out
@@ -238,6 +238,20 @@ def test_trials_of_other_processes_come_last_and_are_published(tmp_path: Path, m
     # A second start, if it is stopped, has not put these three in the place of all that an experiment has published.
     assert run_trainings(plan, workspace)["runs"] == found
     assert published == [[0.1, 0.2], [0.1, 0.2, 0.3]]
+
+
+def test_a_second_start_of_cost_publishes_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published: list[int] = []
+    monkeypatch.setattr(cost, "_measure", lambda *_: {})
+    for _ in range(2):
+        workspace = Workspace(
+            tmp_path,
+            code=(),
+            progress=Progress(show=False),
+            publish=lambda result: published.append(len(result["layers"])),
+        )
+        layers = cost.run(load("cost").sizes["smoke"], workspace)["layers"]
+    assert published == [number + 1 for number in range(len(layers))]
 
 
 @pytest.mark.slow

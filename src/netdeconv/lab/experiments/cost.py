@@ -90,13 +90,16 @@ def run(settings: CostSettings, workspace: Workspace) -> Mapping[str, Any]:
     found = []
     for number, one in enumerate(layers, start=1):
         plain = dataclasses.asdict(one)
+        name, about = f"layer-{number}", {**shared, **plain}
+        new = workspace.finished(name, about) is None
         measured = workspace.part(
-            f"layer-{number}",
-            {**shared, **plain},
+            name,
+            about,
             lambda one=one: _measure(one, settings, workspace),  # type: ignore[misc]
         )
         found.append({"name": one.name, **plain, **measured})
-        workspace.publish({"settings": shared, "layers": found})
+        if new:  # else more may have been published already
+            workspace.publish({"settings": shared, "layers": found})
     return {"settings": shared, "layers": found}
 
 
