@@ -209,3 +209,10 @@ def test_the_transformer_is_whitened_in_every_layer() -> None:
     assert all(parameter.grad is not None for parameter in new.parameters())
     one = new.eval()(torch.ones(1, 1, 8, 8))
     assert not torch.allclose(one, net.eval()(torch.ones(1, 1, 8, 8)))
+
+
+def test_a_network_without_any_norm_has_none() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    assert [type(module) for module in with_norm(plain, "none")] == [nn.Conv2d, nn.ReLU]
+    with pytest.raises(ConfigError, match="expected a network with batch norms"):
+        with_norm(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), "none")

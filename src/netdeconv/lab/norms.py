@@ -96,7 +96,10 @@ def with_norm(
         raise ConfigError(f"--norm: there is no {norm}. {nearest(norm, NORMS)}")
     whitening = dict(whitening or {})
     _check_settings(norm, whitening)
-    if norm in _REPLACING and not any(isinstance(module, _BATCH_NORMS) for module in model.modules()):
+    normalised = [module for module in model.modules() if "Norm" in type(module).__name__]
+    # Without any norms, a network is one with none.
+    replaces = norm in _REPLACING and (norm != "none" or normalised)
+    if replaces and not any(isinstance(module, _BATCH_NORMS) for module in normalised):
         raise ConfigError(
             f"--norm {norm}: expected a network with batch norms, whose place it takes, got {name or 'one'} without. "
             "Leave it out, or use bn, which changes nothing here, nd or dbp"
