@@ -18,7 +18,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from netdeconv.functional.scale import LEAST_SHARE, some_images
+from netdeconv.functional.scale import LEAST_SHARE, some_images, tolerance
 
 __all__ = ["Buffers", "Look", "add_gradient_of_scale", "folded", "gradient_of_product", "look", "try_out"]
 
@@ -100,7 +100,7 @@ def look(
     most = min(torch.finfo(buffers.running_var.dtype).max, numbers.max)
     _judge[(1,)](
         partial, mean, *buffers, found, counts, channels, taps, rows, share, eps, max(eps, numbers.tiny), most,
-        (64 * numbers.eps) ** 2, LEAST_SHARE, several, share_of_first, remember,
+        tolerance(partial), LEAST_SHARE, several, share_of_first, remember,
         PARTS=parts, BLOCK=_power(channels), CHUNK=_TILE, num_warps=8,
     )  # fmt: skip
     scale, about, own, common, var = found.unbind()

@@ -18,6 +18,7 @@ __all__ = [
     "mean_over",
     "scale_of",
     "some_images",
+    "tolerance",
     "varies",
     "what_varies",
 ]
@@ -63,7 +64,7 @@ def _one_over(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def varies(var: Tensor, square_of_mean: Tensor) -> Tensor:
     """Whether any of these variances is more than what rounding makes of a constant."""
-    return (var.detach() > _tolerance(var) * square_of_mean.detach()).any()
+    return (var.detach() > tolerance(var) * square_of_mean.detach()).any()
 
 
 def what_varies(var: Tensor, mean: Tensor, eps: float) -> tuple[bool, bool]:
@@ -72,14 +73,15 @@ def what_varies(var: Tensor, mean: Tensor, eps: float) -> tuple[bool, bool]:
     Two looks in place of a dozen operators, where looking does not mean to wait for a device. The second may be false
     for one that is just above.
     """
-    excess = torch.addcmul(var, mean, mean, value=-_tolerance(var))
+    excess = torch.addcmul(var, mean, mean, value=-tolerance(var))
     lowest, highest = (float(value) for value in excess.aminmax())
     if not 0 < highest < math.inf:
         return False, False
     return True, lowest >= eps and (lowest >= LEAST_SHARE * highest or lowest >= LEAST_SHARE * float(var.mean()))
 
 
-def _tolerance(var: Tensor) -> float:
+def tolerance(var: Tensor) -> float:
+    """Of the square of the mean, what a variance must exceed not to be rounding."""
     return (_ROUNDING * torch.finfo(var.dtype).eps) ** 2
 
 
